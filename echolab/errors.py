@@ -1,0 +1,5 @@
+"""The one exception that reaches a user: one line, what is wrong and what to do."""
+
+
+class EcholabError(Exception):
+    """A clear error. The command prints its message as one line and exits with 1."""

@@ -1,0 +1,90 @@
+"""The ledger's rules as pure functions over rows of `ingests`: which readings are live, which rows of them show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One row of `ingests`."""
+
+    ingest_id: str
+    run: str
+    source_path: str
+    attempt: int
+    start_step: int | None
+    bytes_read: int
+    sha256: str
+    format: str
+    reader_version: int
+    options: dict[str, Any]
+    n_rows: int
+    n_shared: int
+    n_quarantined: int
+    group_source: str | None
+    completeness: str
+    supersedes: tuple[str, ...] = ()
+    created_at: datetime | None = None
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Reading:
+        return cls(**{**row, "options": json.loads(row["options"]), "supersedes": tuple(row["supersedes"] or ())})
+
+    def row(self) -> dict[str, Any]:
+        return {**self.__dict__, "options": json.dumps(self.options, sort_keys=True), "supersedes": list(self.supersedes)}
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All readings in the order of their commits, and what follows from them."""
+
+    readings: tuple[Reading, ...] = ()
+    live: tuple[Reading, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        dead = {i for r in self.readings for i in r.supersedes}
+        object.__setattr__(self, "live", tuple(r for r in self.readings if r.ingest_id not in dead))
+
+    @classmethod
+    def of(cls, rows: Iterable[dict[str, Any]]) -> Ledger:
+        return cls(tuple(Reading.of(row) for row in sorted(rows, key=lambda r: (r["created_at"], r["ingest_id"]))))
+
+    def chain(self, run: str, source_path: str) -> tuple[Reading, ...]:
+        """The live readings of one source, oldest first."""
+        return tuple(r for r in self.live if r.run == run and r.source_path == source_path)
+
+    def newest_attempt(self, run: str) -> int | None:
+        return max((r.attempt for r in self.live if r.run == run), default=None)
+
+    def cutoff(self, reading: Reading) -> int | None:
+        """Rows of this reading from this step on are hidden, because a later attempt sampled them again."""
+        steps = [
+            r.start_step
+            for r in self.live
+            if r.run == reading.run and r.attempt > reading.attempt and r.start_step is not None
+        ]
+        return min(steps, default=None)
+
+    def options_of_run(self, run: str, format: str) -> dict[str, Any]:
+        """What the first reading of this format found for the run (the group size, say)."""
+        return next((r.options.get("found", {}) for r in self.readings if r.run == run and r.format == format), {})
+
+    def tails(self) -> frozenset[str]:
+        """Readings whose unfinished last line was quarantined and has been read since."""
+        longest: dict[tuple[str, str], int] = {}
+        for r in self.live:
+            source = (r.run, r.source_path)
+            longest[source] = max(longest.get(source, 0), r.bytes_read)
+        return frozenset(
+            r.ingest_id for r in self.live if r.options.get("tail") and longest[r.run, r.source_path] > r.bytes_read
+        )
+
+    def n_quarantined(self, readings: Sequence[Reading] | None = None) -> int:
+        """Rows in quarantine now: an unfinished line that a later reading completed no longer counts."""
+        done = self.tails()
+        return sum(r.n_quarantined - (r.ingest_id in done) for r in (self.live if readings is None else readings))

@@ -1,0 +1,464 @@
+"""A store on disk: one Delta table per table of the schema. Files are staged outside the tables and committed under
+one lock; a snapshot is the exact list of files of one version of every table."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError, TableNotFoundError
+from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
+from filelock import FileLock, Timeout
+
+from echolab import ids
+from echolab.errors import EcholabError
+from echolab.ledger import Ledger
+from echolab.schema import FORMAT_VERSION, TABLES, Table
+
+MARKER = "echolab.json"  # names the folder a store, and its format
+LOCK_SECONDS = 600
+ROW_GROUP_BYTES = 192 << 20  # uncompressed, as Arrow holds it
+ROW_GROUP_ROWS = (2_048, 1 << 20)
+DICTIONARY_BYTES = 32 << 20  # prompts and group ids repeat: keep their dictionary for a whole row group
+
+# Expired log entries are kept: a version that something pins must stay readable for as long as its files do.
+_CONFIGURATION = {"delta.enableExpiredLogCleanup": "false"}
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One Parquet file of a table, with the statistics of its scalar columns."""
+
+    path: Path
+    name: str  # below the table's folder
+    rows: int
+    size: int
+    partition: dict[str, str | None]
+    low: dict[str, Any] = field(default_factory=dict)
+    high: dict[str, Any] = field(default_factory=dict)
+    nulls: dict[str, int | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A finished file outside its table, ready to be committed."""
+
+    table: str
+    path: Path
+    rows: int
+    partition: str | None
+    stats: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One version of every table. Whatever is committed later does not show; a missing table is empty."""
+
+    store: Store
+    versions: Mapping[str, int]
+
+    def files(self, table: str) -> list[DataFile]:
+        if table not in self.versions:
+            return []
+        return _data_files(self.store.folder(table), self.store.delta(table, self.versions[table]))
+
+    def table(self, name: str) -> pa.Table:
+        """A whole table in memory: for the ledger and the registries, which are small."""
+        schema = TABLES[name].arrow
+        tables = [_conform(pq.ParquetFile(f.path).read(), schema) for f in self.files(name)]
+        return pa.concat_tables(tables) if tables else schema.empty_table()
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        return Ledger.of(self.table("ingests").to_pylist())
+
+    def registry(self, kind: str) -> dict[str, dict[str, Any]]:
+        """The newest entry of each id, `config` and `parents` parsed."""
+        entries: dict[str, dict[str, Any]] = {}
+        for row in sorted(self.table(kind).to_pylist(), key=lambda r: r["created_at"]):
+            entries[row["id"]] = {**row, "config": json.loads(row["config"]), "parents": json.loads(row["parents"])}
+        return entries
+
+
+class Store:
+    """`Store.open(path)` or `Store.create(path)`. Everything that knows where files lie is in here."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    @classmethod
+    def create(cls, path: str | Path) -> Store:
+        """A new empty store, or the one that is there already."""
+        root = Path(path).expanduser().absolute()
+        if (root / MARKER).exists():
+            return cls.open(root)
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise EcholabError(f"{root} is not empty and not an echolab store: give an empty or new folder")
+        root.mkdir(parents=True, exist_ok=True)
+        marker = root / f"{MARKER}.{ids.random_id()}"
+        _write_synced(marker, json.dumps({"format": FORMAT_VERSION, "created_at": now().isoformat()}).encode())
+        marker.rename(root / MARKER)
+        return cls(root)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Store:
+        root = Path(path).expanduser().absolute()
+        store = cls(root)
+        if not (root / MARKER).exists():
+            raise EcholabError(f"{root} is not an echolab store: make one with `echolab store init --store {path}`")
+        if store.format > FORMAT_VERSION:
+            raise EcholabError(f"{root} has store format {store.format}, this echolab knows {FORMAT_VERSION}: update echolab")
+        return store
+
+    @property
+    def format(self) -> int:
+        try:
+            return int(json.loads((self.root / MARKER).read_bytes())["format"])
+        except (ValueError, KeyError, TypeError):
+            raise EcholabError(f"{self.root / MARKER} is damaged: it should hold the store's format") from None
+
+    # Where things lie.
+
+    def folder(self, table: str) -> Path:
+        return self.root / table
+
+    @property
+    def quarantine(self) -> Path:
+        return self.root / "_quarantine"
+
+    def job_folder(self, job: str) -> Path:
+        return self.root / "_jobs" / job
+
+    # Reading.
+
+    def delta(self, table: str, version: int | None = None) -> DeltaTable:
+        """A Delta table, refused where reading its files alone would be wrong."""
+        try:
+            dt = DeltaTable(self.folder(table), version=version)
+        except TableNotFoundError:
+            raise
+        except (DeltaError, OSError, ValueError) as e:
+            which = f" at version {version}" if version is not None else ""
+            raise EcholabError(f"{self.folder(table)}{which} cannot be opened: {_first_line(e)}") from None
+        protocol = dt.protocol()
+        features = [*(protocol.reader_features or []), *(protocol.writer_features or [])]
+        unknown = sorted(set(features) - {"appendOnly", "invariants"})
+        if protocol.min_reader_version > 1 or unknown:
+            what = ", ".join(unknown) or f"reader version {protocol.min_reader_version}"
+            raise EcholabError(f"{self.folder(table)} uses Delta features that echolab does not read: {what}")
+        return dt
+
+    def _version(self, table: str, at: datetime | None) -> int | None:
+        try:
+            dt = self.delta(table)
+        except TableNotFoundError:
+            return None
+        if at is None:
+            return dt.version()
+        stamp = at.timestamp() * 1000
+        return max((h["version"] for h in dt.history() if h["timestamp"] <= stamp), default=None)
+
+    def snapshot(self, version: int | None = None, at: datetime | None = None) -> Snapshot:
+        """The store now; or as it stood at a time; or as it stood when its ledger came to `version`.
+
+        The ledger is fixed first: its rows are committed last, so what it names is there."""
+        if version is not None:
+            times = {h["version"]: h["timestamp"] for h in self.history("ingests")}
+            if version not in times:
+                raise EcholabError(f"no version {version} of this store: `echolab store history` lists them")
+            at = datetime.fromtimestamp(times[version] / 1000, UTC)
+        versions: dict[str, int] = {}
+        for table in TABLES:  # `ingests` is the first of them
+            found = version if version is not None and table == "ingests" else self._version(table, at)
+            if found is not None:
+                versions[table] = found
+        return Snapshot(self, versions)
+
+    def history(self, table: str = "ingests") -> list[dict[str, Any]]:
+        """Commits of one table, oldest first."""
+        try:
+            return sorted(self.delta(table).history(), key=lambda h: h["version"])
+        except TableNotFoundError:
+            return []
+
+    # Writing.
+
+    @contextmanager
+    def lock(self, seconds: float = LOCK_SECONDS) -> Iterator[None]:
+        """The one lock under which anything is committed. A process that dies releases it."""
+        folder = self.root / "_locks"
+        folder.mkdir(exist_ok=True)
+        try:
+            with FileLock(folder / "store.lock", timeout=seconds):
+                yield
+        except Timeout:
+            raise EcholabError(f"{self.root} is being written by another process: waited {seconds:.0f} s") from None
+
+    @contextmanager
+    def job(self, kind: str) -> Iterator[Path]:
+        """A folder for staged files, gone afterwards. Its lock tells the living from the dead."""
+        folder = self.job_folder(f"{kind}-{ids.random_id()[:12]}")
+        folder.mkdir(parents=True)
+        try:
+            with FileLock(folder / "alive.lock"):
+                yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def stage(self, table: str, rows: pa.Table, folder: Path) -> list[Staged]:
+        """Write rows as one finished Parquet file for each partition value: sorted, encoded, synced, renamed."""
+        spec = TABLES[table]
+        rows = _conform(rows, spec.arrow)
+        self._require_current(table)
+        if spec.partition is None:
+            return [_stage(spec, rows, None, folder)] if rows.num_rows else []
+        values = pc.unique(rows[spec.partition]).to_pylist()
+        if len(values) == 1:
+            return [_stage(spec, rows, values[0], folder)]
+        return [_stage(spec, rows.filter(pc.equal(rows[spec.partition], v)), v, folder) for v in values]
+
+    def commit(
+        self,
+        table: str,
+        staged: Sequence[Staged],
+        replaces: Sequence[DataFile] = (),
+        transactions: Mapping[str, int] | None = None,
+    ) -> int:
+        """Move staged files into their table and make them its next version. Call it under the lock.
+
+        `replaces` are files that the staged ones hold the rows of (compaction). `transactions` names work items, so
+        that a rerun can see them committed."""
+        spec = TABLES[table]
+        folder = self.folder(table)
+        dt = self._create(spec)
+        adds = [_add(folder, spec, s, data_change=not replaces) for s in staged]
+        stamp = int(time.time() * 1000)
+        removes = [RemoveAction(f.name, False, stamp, f.size, dict(f.partition)) for f in replaces]
+        properties = CommitProperties(app_transactions=[Transaction(k, v) for k, v in (transactions or {}).items()])
+        partition = [spec.partition] if spec.partition else None
+        dt.create_write_transaction([*adds, *removes], "append", dt.schema(), partition, commit_properties=properties)
+        dt.update_incremental()
+        return dt.version()
+
+    def add(self, table: str, rows: pa.Table) -> int:
+        """Stage and commit a few rows of a small table. Call it under the lock."""
+        with self.job("add") as folder:
+            return self.commit(table, self.stage(table, rows, folder))
+
+    def register(
+        self, kind: str, id: str, name: str, config: Mapping[str, Any], parents: Mapping[str, Any] | None = None, version: int = 1
+    ) -> None:
+        """Add a registry entry; the newest of an id counts. Call it under the lock."""
+        entry = {
+            "id": id,
+            "name": name,
+            "version": version,
+            "config": json.dumps(config, sort_keys=True),
+            "parents": json.dumps(parents or {}, sort_keys=True),
+            "created_at": now(),
+        }
+        self.add(kind, pa.Table.from_pylist([entry], schema=TABLES[kind].arrow))
+
+    def _create(self, spec: Table) -> DeltaTable:
+        try:
+            return self.delta(spec.name)
+        except TableNotFoundError:
+            configuration = {**_CONFIGURATION, **({"delta.appendOnly": "true"} if spec.name == "rollouts" else {})}
+            partition = [spec.partition] if spec.partition else None
+            return DeltaTable.create(self.folder(spec.name), spec.arrow, partition_by=partition, configuration=configuration)
+
+    def _require_current(self, table: str) -> None:
+        """Writing needs the table as this version knows it; reading does not."""
+        try:
+            names = pa.schema(self.delta(table).schema().to_arrow()).names
+        except TableNotFoundError:
+            return
+        ours = TABLES[table].arrow.names
+        if missing := [n for n in ours if n not in names]:
+            raise EcholabError(f"table {table} lacks {', '.join(missing)}: run `echolab store migrate`")
+        if unknown := [n for n in names if n not in ours]:
+            raise EcholabError(f"table {table} has columns of a newer echolab ({', '.join(unknown)}): update echolab")
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def partition_folder(column: str, value: str | None) -> str:
+    """The folder of a partition, in the way that all readers of such folders decode."""
+    return f"{column}={quote(value or '', safe='')}"
+
+
+def write_parquet(path: Path, spec: Table, rows: Iterable[pa.Table]) -> None:
+    """The one Parquet writer. Lists of numbers are byte-stream-split, what repeats keeps its dictionary."""
+    split = [_leaf(c.name) for c in spec.columns if pa.types.is_list(c.type) and c.type.value_type in _SPLIT]
+    split += [c.name for c in spec.columns if pa.types.is_floating(c.type)]
+    dictionary = [c.name for c in spec.columns if c.name in _REPEATS]
+    if spec.name == "rollouts":
+        dictionary.append("origin.file")
+    writer = pq.ParquetWriter(
+        path,
+        spec.arrow,
+        compression="zstd",
+        compression_level=1,
+        use_dictionary=dictionary,
+        use_byte_stream_split=split,
+        dictionary_pagesize_limit=DICTIONARY_BYTES,
+        store_schema=False,
+    )
+    with writer:
+        for table in rows:
+            writer.write_table(table, row_group_size=max(table.num_rows, 1))
+
+
+_SPLIT = (pa.int32(), pa.float32())
+_REPEATS = frozenset(
+    "ingest_id run split role model source group_id group_source prompt_id problem_id prompt messages prompt_format tokenizer"
+    " finish_reason ground_truth policy_version sampling step verifier status scorer segmenter clipset group_kind selector"
+    " profile axis slice statistic".split()
+)
+
+
+def _leaf(column: str) -> str:
+    return f"{column}.list.element"
+
+
+def sort_rows(spec: Table, rows: pa.Table) -> pa.Table:
+    if not spec.sort:
+        return rows
+    order = pc.sort_indices(rows, sort_keys=[(c, "ascending", "at_end") for c in spec.sort])
+    return rows.take(order)
+
+
+def row_groups(rows: pa.Table) -> Iterator[pa.Table]:
+    """Slices that keep a row group within its bytes, and above its fewest rows where that fits."""
+    if not rows.num_rows:
+        return
+    fewest, most = ROW_GROUP_ROWS
+    step = max(1, int(rows.num_rows * ROW_GROUP_BYTES / max(rows.nbytes, 1)))
+    step = min(max(step, fewest if rows.nbytes / rows.num_rows * fewest < 4 * ROW_GROUP_BYTES else 1), most)
+    for start in range(0, rows.num_rows, step):
+        yield rows.slice(start, step)
+
+
+def _stage(spec: Table, rows: pa.Table, partition: str | None, folder: Path) -> Staged:
+    path = folder / f"{ids.random_id()}.parquet"
+    finish_file(path, spec, row_groups(sort_rows(spec, rows)))
+    return Staged(spec.name, path, rows.num_rows, partition, statistics(spec, rows))
+
+
+def finish_file(path: Path, spec: Table, rows: Iterable[pa.Table]) -> None:
+    """Write a file so that it is either whole under its name or not there."""
+    unfinished = path.with_suffix(".tmp")
+    try:
+        write_parquet(unfinished, spec, rows)
+        with unfinished.open("rb") as f:
+            os.fsync(f.fileno())
+        unfinished.rename(path)
+    except OSError as e:
+        unfinished.unlink(missing_ok=True)
+        raise EcholabError(f"cannot write to the store: {e.strerror or e}") from None
+
+
+def statistics(spec: Table, rows: pa.Table) -> dict[str, Any]:
+    """Delta statistics of the scalar columns. NaN is left out of minimum and maximum."""
+    low: dict[str, Any] = {}
+    high: dict[str, Any] = {}
+    nulls: dict[str, int] = {}
+    for c in spec.columns:
+        if pa.types.is_nested(c.type) or c.name == spec.partition or c.name in _LONG_TEXTS:
+            continue
+        values = rows[c.name]
+        nulls[c.name] = values.null_count
+        if pa.types.is_floating(c.type):
+            values = values.filter(pc.invert(pc.is_nan(values)))
+        if pa.types.is_boolean(c.type) or len(values) == values.null_count:
+            continue
+        ends = pc.min_max(values).as_py()
+        low[c.name], high[c.name] = (_stat(ends[k]) for k in ("min", "max"))
+    return {"numRecords": rows.num_rows, "minValues": low, "maxValues": high, "nullCount": nulls}
+
+
+# Columns whose smallest value is a page of prose.
+_LONG_TEXTS = frozenset("prompt messages completion ground_truth extra sampling options config parents extracted clip text".split())
+
+
+def _stat(value: Any) -> Any:
+    return value.strftime("%Y-%m-%dT%H:%M:%S.%fZ") if isinstance(value, datetime) else value
+
+
+def _add(folder: Path, spec: Table, staged: Staged, data_change: bool) -> AddAction:
+    """Check a staged file by its footer and move it to its place."""
+    footer = pq.read_metadata(staged.path)
+    if footer.num_rows != staged.rows or footer.schema.to_arrow_schema().names != spec.arrow.names:
+        raise EcholabError(f"staged file {staged.path} is not what was written: nothing was committed")
+    place = Path(partition_folder(spec.partition, staged.partition)) if spec.partition else Path()
+    name = place / staged.path.name
+    (folder / place).mkdir(parents=True, exist_ok=True)
+    staged.path.rename(folder / name)
+    _sync_folder(folder / place)
+    partition = {spec.partition: staged.partition} if spec.partition else {}
+    size = (folder / name).stat().st_size
+    return AddAction(str(name), size, partition, int(time.time() * 1000), data_change, json.dumps(staged.stats))
+
+
+def _data_files(folder: Path, dt: DeltaTable) -> list[DataFile]:
+    rows = pa.table(dt.get_add_actions(flatten=False)).to_pylist()
+    files = []
+    for r in rows:
+        name = unquote(r["path"])  # the log holds it URL-encoded
+        files.append(
+            DataFile(
+                folder / name,
+                name,
+                r["num_records"],
+                r["size_bytes"],
+                dict(r.get("partition") or {}),
+                r.get("min") or {},
+                r.get("max") or {},
+                r.get("null_count") or {},
+            )
+        )
+    return sorted(files, key=lambda f: f.name)
+
+
+def _conform(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The columns of the schema in its order, absent ones as NULL."""
+    columns = [
+        rows[f.name].cast(f.type) if f.name in rows.column_names else pa.nulls(rows.num_rows, f.type) for f in schema
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

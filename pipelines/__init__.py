@@ -1,0 +1,1 @@
+"""The `echolab` command, and what runs many library calls."""

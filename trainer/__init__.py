@@ -1,0 +1,1 @@
+"""The lean trainer's room: it imports echolab, never pipelines."""
