@@ -3,3 +3,7 @@
 
 class EcholabError(Exception):
     """A clear error. The command prints its message as one line and exits with 1."""
+
+
+class Unreadable(EcholabError):
+    """One file that cannot be read. Among many, the others are read all the same."""

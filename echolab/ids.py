@@ -37,7 +37,7 @@ def _encode(field: Field | bytes) -> bytes:
 
 
 def _hash(kind: str, fields: Iterable[Field | bytes]) -> str:
-    data = b"".join([_encode(kind + SCHEME), *(_encode(f) for f in fields)])
+    data = b"".join([_encode(kind + SCHEME), *[_encode(f) for f in fields]])
     return blake2b(data, digest_size=16).hexdigest()
 
 
@@ -100,7 +100,9 @@ _ROLE_MARKERS = tuple(
 )
 
 
-def problem_text(prompt: str | None, messages: Sequence[dict] | None = None, strip: re.Pattern[str] | None = None) -> str | None:
+def problem_text(
+    prompt: str | None, messages: Sequence[dict] | None = None, strip: re.Pattern[str] | None = None
+) -> str | None:
     """The problem behind a prompt: the user's messages, else what stands between known role markers, else all
     of it; `strip` then cuts every match of a template that only the user knows."""
     text = prompt

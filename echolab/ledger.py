@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 
@@ -61,14 +62,20 @@ class Ledger:
     def newest_attempt(self, run: str) -> int | None:
         return max((r.attempt for r in self.live if r.run == run), default=None)
 
+    @cached_property
+    def _first_steps(self) -> dict[str, dict[int, int]]:
+        """The lowest step of each attempt of each run."""
+        first: dict[str, dict[int, int]] = {}
+        for r in self.live:
+            if r.start_step is not None:
+                attempts = first.setdefault(r.run, {})
+                attempts[r.attempt] = min(attempts.get(r.attempt, r.start_step), r.start_step)
+        return first
+
     def cutoff(self, reading: Reading) -> int | None:
         """Rows of this reading from this step on are hidden, because a later attempt sampled them again."""
-        steps = [
-            r.start_step
-            for r in self.live
-            if r.run == reading.run and r.attempt > reading.attempt and r.start_step is not None
-        ]
-        return min(steps, default=None)
+        attempts = self._first_steps.get(reading.run, {})
+        return min((step for attempt, step in attempts.items() if attempt > reading.attempt), default=None)
 
     def options_of_run(self, run: str, format: str) -> dict[str, Any]:
         """What the first reading of this format found for the run (the group size, say)."""
@@ -76,13 +83,8 @@ class Ledger:
 
     def tails(self) -> frozenset[str]:
         """Readings whose unfinished last line was quarantined and has been read since."""
-        longest: dict[tuple[str, str], int] = {}
-        for r in self.live:
-            source = (r.run, r.source_path)
-            longest[source] = max(longest.get(source, 0), r.bytes_read)
-        return frozenset(
-            r.ingest_id for r in self.live if r.options.get("tail") and longest[r.run, r.source_path] > r.bytes_read
-        )
+        read_on = {r.options.get("continues") for r in self.live}
+        return frozenset(r.ingest_id for r in self.live if r.options.get("tail") and r.ingest_id in read_on)
 
     def n_quarantined(self, readings: Sequence[Reading] | None = None) -> int:
         """Rows in quarantine now: an unfinished line that a later reading completed no longer counts."""

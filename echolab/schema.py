@@ -66,7 +66,7 @@ INGESTS = Table(
         _r("sha256", STRING, "of the file's first `bytes_read` bytes"),
         _r("format", STRING, "the dump format, as resolved"),
         _r("reader_version", INT32, "version of the reader that read it"),
-        _r("options", STRING, "JSON: `given` (options that count), `found` (what the reader inferred), `path`, `tail`"),
+        _r("options", STRING, "JSON: `given` (options that count), `found` (by the reader), `path`, `tail`, `continues`"),
         _r("n_rows", INT64, "rollouts stored by this reading"),
         _r("n_shared", INT64, "of these: ids that another live reading held already (shown once)"),
         _r("n_quarantined", INT64, "rows that could not be read; see the quarantine file of this reading"),
@@ -76,6 +76,7 @@ INGESTS = Table(
         _r("created_at", TIME, "when the reading was committed"),
     ),
     key=("ingest_id",),
+    sort=("created_at", "ingest_id"),
 )
 
 ROLLOUTS = Table(
@@ -322,12 +323,16 @@ def duckdb_type(type: pa.DataType) -> str:
 
 def _json_type(type: pa.DataType) -> dict[str, Any]:
     if pa.types.is_list(type):
-        return {"type": "array", "items": _json_type(type.value_type)}
+        return {"type": "array", "items": _or_null(_json_type(type.value_type))}
     if pa.types.is_map(type):
-        return {"type": "object", "additionalProperties": _json_type(type.item_type)}
+        return {"type": "object", "additionalProperties": _or_null(_json_type(type.item_type))}
     if pa.types.is_struct(type):
-        return {"type": "object", "properties": {f.name: _json_type(f.type) for f in type}}
+        return {"type": "object", "properties": {f.name: _or_null(_json_type(f.type)) for f in type}}
     return _JSON[type]
+
+
+def _or_null(kind: dict[str, Any]) -> dict[str, Any]:
+    return {**kind, "type": [kind["type"], "null"]}
 
 
 def ddl(table: Table) -> str:
@@ -341,7 +346,7 @@ def json_schema(table: Table) -> dict[str, Any]:
 
     def property(c: Column) -> dict[str, Any]:
         kind = _json_type(c.type)
-        return {**kind, "type": kind["type"] if c.required else [kind["type"], "null"], "description": c.doc}
+        return {**(kind if c.required else _or_null(kind)), "description": c.doc}
 
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -359,7 +364,7 @@ def markdown() -> str:
     out = [
         "# Tables",
         "",
-        "Generated from `echolab/schema.py` by `echolab store schema --format md`. One Delta table each, in the store's folder.",
+        "Generated from `echolab/schema.py` by `echolab store schema --format md`. Each is a Delta table in the store's folder.",
         "The views of the same names add columns: see [views.md](views.md).",
     ]
     for table in TABLES.values():

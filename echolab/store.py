@@ -4,6 +4,7 @@ one lock; a snapshot is the exact list of files of one version of every table.""
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -31,6 +32,7 @@ from echolab.schema import FORMAT_VERSION, TABLES, Table
 
 MARKER = "echolab.json"  # names the folder a store, and its format
 LOCK_SECONDS = 600
+SNAPSHOT_TRIES = 20
 ROW_GROUP_BYTES = 192 << 20  # uncompressed, as Arrow holds it
 ROW_GROUP_ROWS = (2_048, 1 << 20)
 DICTIONARY_BYTES = 32 << 20  # prompts and group ids repeat: keep their dictionary for a whole row group
@@ -79,7 +81,7 @@ class Snapshot:
     def table(self, name: str) -> pa.Table:
         """A whole table in memory: for the ledger and the registries, which are small."""
         schema = TABLES[name].arrow
-        tables = [_conform(pq.ParquetFile(f.path).read(), schema) for f in self.files(name)]
+        tables = [conform(pq.ParquetFile(f.path).read(), schema) for f in self.files(name)]
         return pa.concat_tables(tables) if tables else schema.empty_table()
 
     @cached_property
@@ -106,13 +108,12 @@ class Store:
         root = Path(path).expanduser().absolute()
         if (root / MARKER).exists():
             return cls.open(root)
-        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        if root.exists() and (not root.is_dir() or any(not p.name.startswith(MARKER) for p in root.iterdir())):
             raise EcholabError(f"{root} is not empty and not an echolab store: give an empty or new folder")
         root.mkdir(parents=True, exist_ok=True)
-        marker = root / f"{MARKER}.{ids.random_id()}"
-        _write_synced(marker, json.dumps({"format": FORMAT_VERSION, "created_at": now().isoformat()}).encode())
-        marker.rename(root / MARKER)
-        return cls(root)
+        store = cls(root)
+        store.mark(FORMAT_VERSION)
+        return store
 
     @classmethod
     def open(cls, path: str | Path) -> Store:
@@ -130,6 +131,13 @@ class Store:
             return int(json.loads((self.root / MARKER).read_bytes())["format"])
         except (ValueError, KeyError, TypeError):
             raise EcholabError(f"{self.root / MARKER} is damaged: it should hold the store's format") from None
+
+    def mark(self, format: int) -> None:
+        """Write the store's format: the old marker or the new one is there, never half of one."""
+        marker = self.root / f"{MARKER}.{ids.random_id()}"
+        _write_synced(marker, json.dumps({"format": format, "created_at": now().isoformat()}).encode())
+        marker.rename(self.root / MARKER)
+        _sync_folder(self.root)
 
     # Where things lie.
 
@@ -162,7 +170,7 @@ class Store:
             raise EcholabError(f"{self.folder(table)} uses Delta features that echolab does not read: {what}")
         return dt
 
-    def _version(self, table: str, at: datetime | None) -> int | None:
+    def _version(self, table: str, at: datetime | None = None) -> int | None:
         try:
             dt = self.delta(table)
         except TableNotFoundError:
@@ -175,18 +183,29 @@ class Store:
     def snapshot(self, version: int | None = None, at: datetime | None = None) -> Snapshot:
         """The store now; or as it stood at a time; or as it stood when its ledger came to `version`.
 
-        The ledger is fixed first: its rows are committed last, so what it names is there."""
+        The ledger is fixed first: its rows are committed last, so what it names is there. A compaction may drop what
+        a newer ledger has superseded, so a ledger that moved while the other tables were opened is read again."""
+        if version is None and at is None:
+            for _ in range(SNAPSHOT_TRIES):
+                snapshot = Snapshot(self, self._versions())
+                if self._version("ingests") == snapshot.versions.get("ingests"):
+                    return snapshot
+            with self.lock():
+                return Snapshot(self, self._versions())
         if version is not None:
             times = {h["version"]: h["timestamp"] for h in self.history("ingests")}
             if version not in times:
                 raise EcholabError(f"no version {version} of this store: `echolab store history` lists them")
             at = datetime.fromtimestamp(times[version] / 1000, UTC)
-        versions: dict[str, int] = {}
-        for table in TABLES:  # `ingests` is the first of them
-            found = version if version is not None and table == "ingests" else self._version(table, at)
-            if found is not None:
-                versions[table] = found
-        return Snapshot(self, versions)
+        snapshot = Snapshot(self, self._versions(at) | ({"ingests": version} if version is not None else {}))
+        if any(not f.path.exists() for table in snapshot.versions for f in snapshot.files(table)):
+            raise EcholabError(f"{self.root} as it stood then is gone: `echolab store vacuum` removed its files")
+        return snapshot
+
+    def _versions(self, at: datetime | None = None) -> dict[str, int]:
+        """Of every table that is there, the ledger's first: it is the first table of the schema."""
+        versions = {table: self._version(table, at) for table in TABLES}
+        return {table: v for table, v in versions.items() if v is not None}
 
     def history(self, table: str = "ingests") -> list[dict[str, Any]]:
         """Commits of one table, oldest first."""
@@ -198,15 +217,21 @@ class Store:
     # Writing.
 
     @contextmanager
-    def lock(self, seconds: float = LOCK_SECONDS) -> Iterator[None]:
-        """The one lock under which anything is committed. A process that dies releases it."""
+    def lock(self, seconds: float = LOCK_SECONDS, name: str = "store") -> Iterator[None]:
+        """The one lock under which anything is committed. A process that dies releases it. It is not reentrant.
+
+        Another `name` is another lock (`compact`: one process at a time rewrites files, before it commits them)."""
         folder = self.root / "_locks"
         folder.mkdir(exist_ok=True)
+        lock = FileLock(folder / f"{name}.lock")
         try:
-            with FileLock(folder / "store.lock", timeout=seconds):
-                yield
+            lock.acquire(timeout=seconds)
         except Timeout:
             raise EcholabError(f"{self.root} is being written by another process: waited {seconds:.0f} s") from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     @contextmanager
     def job(self, kind: str) -> Iterator[Path]:
@@ -222,7 +247,7 @@ class Store:
     def stage(self, table: str, rows: pa.Table, folder: Path) -> list[Staged]:
         """Write rows as one finished Parquet file for each partition value: sorted, encoded, synced, renamed."""
         spec = TABLES[table]
-        rows = _conform(rows, spec.arrow)
+        rows = conform(rows, spec.arrow)
         self._require_current(table)
         if spec.partition is None:
             return [_stage(spec, rows, None, folder)] if rows.num_rows else []
@@ -245,10 +270,22 @@ class Store:
         spec = TABLES[table]
         folder = self.folder(table)
         dt = self._create(spec)
+        if {f.name for f in replaces} - ({f.name for f in _data_files(folder, dt)} if replaces else set()):
+            raise EcholabError(f"{folder}: another process replaced the same files meanwhile, nothing was committed")
         adds = [_add(folder, spec, s, data_change=not replaces) for s in staged]
         stamp = int(time.time() * 1000)
         removes = [RemoveAction(f.name, False, stamp, f.size, dict(f.partition)) for f in replaces]
-        properties = CommitProperties(app_transactions=[Transaction(k, v) for k, v in (transactions or {}).items()])
+        facts = {
+            "kind": "compact" if replaces else "append",
+            "files_added": len(staged),
+            "files_removed": len(replaces),
+            "rows_added": sum(s.rows for s in staged),
+            "rows_removed": sum(f.rows for f in replaces),
+        }
+        properties = CommitProperties(
+            custom_metadata={f"echolab.{k}": str(v) for k, v in facts.items()},  # for `echolab store history`
+            app_transactions=[Transaction(k, v) for k, v in (transactions or {}).items()],
+        )
         partition = [spec.partition] if spec.partition else None
         dt.create_write_transaction([*adds, *removes], "append", dt.schema(), partition, commit_properties=properties)
         dt.update_incremental()
@@ -260,7 +297,13 @@ class Store:
             return self.commit(table, self.stage(table, rows, folder))
 
     def register(
-        self, kind: str, id: str, name: str, config: Mapping[str, Any], parents: Mapping[str, Any] | None = None, version: int = 1
+        self,
+        kind: str,
+        id: str,
+        name: str,
+        config: Mapping[str, Any],
+        parents: Mapping[str, Any] | None = None,
+        version: int = 1,
     ) -> None:
         """Add a registry entry; the newest of an id counts. Call it under the lock."""
         entry = {
@@ -323,14 +366,16 @@ def write_parquet(path: Path, spec: Table, rows: Iterable[pa.Table]) -> None:
     with writer:
         for table in rows:
             writer.write_table(table, row_group_size=max(table.num_rows, 1))
+            del table  # before the next one is made: one row group at a time
 
 
 _SPLIT = (pa.int32(), pa.float32())
-_REPEATS = frozenset(
-    "ingest_id run split role model source group_id group_source prompt_id problem_id prompt messages prompt_format tokenizer"
-    " finish_reason ground_truth policy_version sampling step verifier status scorer segmenter clipset group_kind selector"
-    " profile axis slice statistic".split()
-)
+_REPEATS = frozenset((
+    "ingest_id", "run", "split", "role", "model", "source", "group_id", "group_source", "prompt_id",
+    "problem_id", "prompt", "messages", "prompt_format", "tokenizer", "finish_reason", "ground_truth",
+    "policy_version", "sampling", "step", "verifier", "status", "scorer", "segmenter", "clipset",
+    "group_kind", "selector", "profile", "axis", "slice", "statistic",
+))  # fmt: skip
 
 
 def _leaf(column: str) -> str:
@@ -352,7 +397,13 @@ def row_groups(rows: pa.Table) -> Iterator[pa.Table]:
     step = max(1, int(rows.num_rows * ROW_GROUP_BYTES / max(rows.nbytes, 1)))
     step = min(max(step, fewest if rows.nbytes / rows.num_rows * fewest < 4 * ROW_GROUP_BYTES else 1), most)
     for start in range(0, rows.num_rows, step):
-        yield rows.slice(start, step)
+        piece = rows.slice(start, step)
+        if piece.num_rows > 1 and piece.nbytes > 4 * ROW_GROUP_BYTES:  # long rows that stand together
+            half = piece.num_rows // 2
+            yield from row_groups(piece.slice(0, half))
+            yield from row_groups(piece.slice(half))
+        else:
+            yield piece
 
 
 def _stage(spec: Table, rows: pa.Table, partition: str | None, folder: Path) -> Staged:
@@ -375,7 +426,8 @@ def finish_file(path: Path, spec: Table, rows: Iterable[pa.Table]) -> None:
 
 
 def statistics(spec: Table, rows: pa.Table) -> dict[str, Any]:
-    """Delta statistics of the scalar columns. NaN is left out of minimum and maximum."""
+    """Delta statistics of the scalar columns. NaN is left out of minimum and maximum; infinity is kept here, as
+    files are merged, but JSON has no word for it: the log then holds no bound."""
     low: dict[str, Any] = {}
     high: dict[str, Any] = {}
     nulls: dict[str, int] = {}
@@ -393,8 +445,28 @@ def statistics(spec: Table, rows: pa.Table) -> dict[str, Any]:
     return {"numRecords": rows.num_rows, "minValues": low, "maxValues": high, "nullCount": nulls}
 
 
+def merge_statistics(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Statistics of several tables together."""
+    merged: dict[str, Any] = {"numRecords": sum(p["numRecords"] for p in parts)}
+    for name, best in (("minValues", min), ("maxValues", max)):
+        columns = {c: None for p in parts for c in p[name]}
+        merged[name] = {c: best(p[name][c] for p in parts if c in p[name]) for c in columns}
+    merged["nullCount"] = {c: sum(p["nullCount"][c] for p in parts) for c in (parts[0]["nullCount"] if parts else ())}
+    return merged
+
+
+def _log_statistics(stats: dict[str, Any]) -> str:
+    def finite(values: dict[str, Any]) -> dict[str, Any]:
+        return {c: v for c, v in values.items() if not (isinstance(v, float) and math.isinf(v))}
+
+    return json.dumps({**stats, "minValues": finite(stats["minValues"]), "maxValues": finite(stats["maxValues"])})
+
+
 # Columns whose smallest value is a page of prose.
-_LONG_TEXTS = frozenset("prompt messages completion ground_truth extra sampling options config parents extracted clip text".split())
+_LONG_TEXTS = frozenset((
+    "prompt", "messages", "completion", "ground_truth", "extra", "sampling", "options", "config", "parents",
+    "extracted", "clip", "text",
+))  # fmt: skip
 
 
 def _stat(value: Any) -> Any:
@@ -408,12 +480,15 @@ def _add(folder: Path, spec: Table, staged: Staged, data_change: bool) -> AddAct
         raise EcholabError(f"staged file {staged.path} is not what was written: nothing was committed")
     place = Path(partition_folder(spec.partition, staged.partition)) if spec.partition else Path()
     name = place / staged.path.name
-    (folder / place).mkdir(parents=True, exist_ok=True)
-    staged.path.rename(folder / name)
+    try:
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        staged.path.rename(folder / name)
+    except OSError as e:
+        raise EcholabError(f"cannot write to {folder / place}: {e.strerror or e}") from None
     _sync_folder(folder / place)
     partition = {spec.partition: staged.partition} if spec.partition else {}
     size = (folder / name).stat().st_size
-    return AddAction(str(name), size, partition, int(time.time() * 1000), data_change, json.dumps(staged.stats))
+    return AddAction(str(name), size, partition, int(time.time() * 1000), data_change, _log_statistics(staged.stats))
 
 
 def _data_files(folder: Path, dt: DeltaTable) -> list[DataFile]:
@@ -436,11 +511,9 @@ def _data_files(folder: Path, dt: DeltaTable) -> list[DataFile]:
     return sorted(files, key=lambda f: f.name)
 
 
-def _conform(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+def conform(rows: pa.Table, schema: pa.Schema) -> pa.Table:
     """The columns of the schema in its order, absent ones as NULL."""
-    columns = [
-        rows[f.name].cast(f.type) if f.name in rows.column_names else pa.nulls(rows.num_rows, f.type) for f in schema
-    ]
+    columns = [rows[f.name].cast(f.type) if f.name in rows.column_names else pa.nulls(rows.num_rows, f.type) for f in schema]
     return pa.Table.from_arrays(columns, schema=schema)
 
 

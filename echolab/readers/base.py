@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import orjson
 import pyarrow as pa
 
-from echolab.errors import EcholabError
+from echolab.errors import Unreadable
 
 HEAD_BYTES = 1 << 16
 FIRST_LINE_BYTES = 64 << 20
@@ -119,7 +119,7 @@ def look(path: Path) -> Head:
             try:
                 return Head(path, start, schema=pq.read_schema(path))
             except (pa.ArrowException, OSError) as e:
-                raise EcholabError(f"{path}: not a readable Parquet file ({_first_line(e)})") from None
+                raise Unreadable(f"{path}: not a readable Parquet file ({_first_line(e)})") from None
         f.seek(0)
         line = f.readline(FIRST_LINE_BYTES).removeprefix(BOM).strip()
         while not line and f.tell() < HEAD_BYTES:
@@ -127,6 +127,8 @@ def look(path: Path) -> Head:
             if not more:
                 break
             line = more.strip()
+    if line[:1] == b"[":  # a document, which may be huge, or no row
+        return Head(path, start)
     try:
         return Head(path, start, first=parse_json(line))
     except ValueError:
@@ -135,17 +137,40 @@ def look(path: Path) -> Head:
 
 def parse_json(data: bytes) -> Any:
     """JSON, also with NaN and Infinity. Raises ValueError with a short reason."""
+    if data.count(b"{") + data.count(b"[") > MAX_DEPTH and _depth(data) > MAX_DEPTH:
+        raise ValueError(f"JSON nested too deeply (more than {MAX_DEPTH} levels)")
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError as first:
         try:
-            return json.loads(data)
-        except RecursionError:
-            raise ValueError("JSON nested too deeply") from None
+            value = json.loads(data.decode())
+            if _SURROGATE.search(data):
+                json.dumps(value, ensure_ascii=False).encode()
+            return value
         except UnicodeDecodeError:
             raise ValueError("invalid UTF-8") from None
+        except UnicodeEncodeError:
+            raise ValueError("a string holds a lone surrogate (half of a \\ud800 pair)") from None
         except ValueError:
             raise ValueError(f"not JSON: {_first_line(first)}") from None
+
+
+# Far below the recursion limits of every JSON library on the way, far above what any trainer writes.
+MAX_DEPTH = 200
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_BRACKETS = re.compile(rb'"(?:[^"\\]+|\\.)*+"?+|[{}\[\]]', re.DOTALL)
+
+
+def _depth(data: bytes) -> int:
+    depth = deepest = 0
+    for token in _BRACKETS.finditer(data):
+        start = data[token.start()]
+        if start in b"{[":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif start in b"}]":
+            depth -= 1
+    return deepest
 
 
 def json_lines(source: Source) -> Iterator[tuple[int, bytes, dict[str, Any]] | Bad]:
@@ -165,7 +190,7 @@ def json_lines(source: Source) -> Iterator[tuple[int, bytes, dict[str, Any]] | B
                 continue
             row = source.rows
             try:
-                value = parse_json(text)
+                value: Any = parse_json(text)
                 bad = None if isinstance(value, dict) else Bad(row, f"expected a JSON object, got {type(value).__name__}", line)
             except ValueError as e:
                 value, bad = None, Bad(row, str(e), line, tail=not line.endswith(b"\n"))
@@ -174,14 +199,61 @@ def json_lines(source: Source) -> Iterator[tuple[int, bytes, dict[str, Any]] | B
                 return
             source.take(line)
             source.rows += 1
-            yield bad or (row, line, value)
+            yield bad if bad else (row, line, value)
 
 
 def hash_whole(source: Source) -> None:
-    """For formats that are read as a whole: take the file's bytes as consumed."""
+    """For formats that are read as a whole: take the file's bytes as consumed, no further than its size at the start."""
     with source.path.open("rb") as f:
-        while chunk := f.read(1 << 20):
+        while chunk := f.read(min(1 << 20, source.size - source.consumed)):
             source.take(chunk)
+
+
+def open_parquet(path: Path) -> Any:
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as e:
+        raise Unreadable(f"{path}: not a readable Parquet file ({_first_line(e)})") from None
+
+
+def parquet_rows(source: Source) -> Iterator[tuple[int, dict[str, Any]] | Bad]:
+    """The rows of a Parquet file as dicts, a few at a time. Arrow does not check the UTF-8 of what it reads."""
+    if source.size == 0:
+        return
+    try:
+        for batch in open_parquet(source.path).iter_batches(batch_size=256):
+            try:
+                values = batch.to_pylist()
+            except UnicodeDecodeError:
+                values = [None] * batch.num_rows
+            for i, value in enumerate(values):
+                row = source.rows
+                source.rows += 1
+                try:
+                    value = value or batch.slice(i, 1).to_pylist()[0]
+                except UnicodeDecodeError:
+                    yield Bad(row, "invalid UTF-8", _raw_parquet(batch.slice(i, 1)))
+                else:
+                    yield row, value
+    except (pa.ArrowException, OSError) as e:
+        raise Unreadable(f"{source.path}: damaged Parquet file ({_first_line(e)})") from None
+
+
+def _raw_parquet(row: pa.RecordBatch) -> bytes:
+    """A row that holds invalid UTF-8, its strings as bytes."""
+    strings = (pa.types.is_string, pa.types.is_large_string)
+    columns = [c.cast(pa.large_binary()) if any(t(c.type) for t in strings) else c for c in row.columns]
+    try:
+        return repr({name: c[0].as_py() for name, c in zip(row.schema.names, columns, strict=True)}).encode()
+    except UnicodeDecodeError:  # in a list or struct
+        return b""
+
+
+def raw_json(value: Any) -> bytes:
+    """What the quarantine keeps of a row that is not a line of its own."""
+    return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace")
 
 
 def number(value: Any, what: str) -> float | None:
@@ -189,7 +261,10 @@ def number(value: Any, what: str) -> float | None:
     if value is None or isinstance(value, float):
         result = value
     elif isinstance(value, bool | int):
-        result = float(value)
+        try:
+            result = float(value)
+        except OverflowError:
+            raise ValueError(f"{what} is too large") from None
     elif isinstance(value, str):
         known = {"true": 1.0, "false": 0.0, "none": None, "null": None, "": None}
         word = value.strip().lower()
@@ -204,11 +279,51 @@ def number(value: Any, what: str) -> float | None:
     return result
 
 
-def dumps(value: Any) -> str | None:
-    """JSON text for a column, keys sorted so that equal content is equal text; None for nothing."""
-    if not value and value is not False and value != 0:
+def integer(value: Any, what: str) -> int | None:
+    """A step, a sample number or the like: whole numbers, also as text or as a float."""
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        result = value
+    else:
+        try:
+            result = int(value) if isinstance(value, str) else None
+        except ValueError:
+            result = None
+        if result is None and isinstance(value, float) and value.is_integer():
+            result = int(value)
+        if result is None:
+            raise ValueError(f"{what} is not a whole number: {str(value)[:80]!r}")
+    if result is not None and abs(result) >= 1 << 63:
+        raise ValueError(f"{what} is too large")
+    return result
+
+
+def flag(value: Any, what: str) -> bool | None:
+    """A verdict: true or false, also as 0, 1 or text."""
+    result = number(value, what)
+    if result is None or result != result:
         return None
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+    if result not in (0.0, 1.0):
+        raise ValueError(f"{what} is neither true nor false: {str(value)[:80]!r}")
+    return bool(result)
+
+
+def scalars(value: dict[str, Any], without: frozenset[str] = frozenset(), limit: int = 200) -> dict[str, Any]:
+    """The small facts of an object that stand for each of its samples: no lists, no objects, no long texts."""
+    return {
+        k: v
+        for k, v in value.items()
+        if k not in without and (isinstance(v, int | float) or (isinstance(v, str) and len(v) <= limit))
+    }
+
+
+def dumps(value: Any) -> str | None:
+    """JSON text for a column, keys sorted so that equal content is equal text, NaN as null; None for nothing."""
+    if value is None or value == {} or value == []:
+        return None
+    try:
+        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS).decode()
+    except TypeError:  # integers above 64 bits, lone surrogates, foreign objects
+        return json.dumps(value, sort_keys=True, default=str)
 
 
 def text(value: Any) -> str | None:

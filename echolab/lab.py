@@ -1,0 +1,76 @@
+"""The Python API: `echolab.open("store")` gives a Lab. The command line is a thin skin over it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from echolab.plan import IngestConfig
+from echolab.sql import Options, Session
+from echolab.store import Snapshot, Store
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from echolab.ingest import IngestReport, Progress
+
+
+class Lab:
+    """A store with its questions. Answers show the newest state, unless the lab was opened at an earlier one."""
+
+    def __init__(self, store: Store, version: int | None = None, at: datetime | None = None):
+        self.store = store
+        self._fixed = store.snapshot(version, at) if version is not None or at is not None else None
+        self._session: tuple[Any, Session] | None = None
+
+    @classmethod
+    def open(cls, path: str | Path, *, create: bool = False, version: int | None = None, at: datetime | None = None) -> Lab:
+        """Open a store; `create` makes an empty one where there is none."""
+        return cls(Store.create(path) if create else Store.open(path), version, at)
+
+    @property
+    def snapshot(self) -> Snapshot:
+        return self._fixed or self.store.snapshot()
+
+    def session(self, options: Options | None = None) -> Session:
+        """A DuckDB session over the snapshot. It is kept until the store changes or other options are asked for."""
+        snapshot, options = self.snapshot, options or Options()
+        key = (dict(snapshot.versions), options)
+        if self._session is None or self._session[0] != key:
+            self.close()
+            self._session = key, Session(snapshot, options)
+        return self._session[1]
+
+    def sql(self, query: str, **options: Any) -> pl.DataFrame:
+        """One SELECT over the views. Options: `verifier`, `scorer`, `segmenter`, `tol`, `success_threshold`."""
+        return self.session(Options(**options)).sql(query)
+
+    def query(self, name: str, options: Options | None = None, **params: Any) -> pl.DataFrame:
+        """A named query: `lab.query("degenerate_by_step", run="demo")`. `echolab query --list` shows them."""
+        return self.session(options).query(name, **params)
+
+    def ingest(
+        self, paths: str | Path | Sequence[str | Path], *, run: str, progress: Progress | None = None, **options: Any
+    ) -> IngestReport:
+        """Dumps of any trainer into the store. Options are those of `echolab ingest`, e.g. `step=400, role="expert"`;
+        `rename` is its `--as`."""
+        from echolab.ingest import ingest
+
+        given = [paths] if isinstance(paths, str | Path) else paths
+        return ingest(self.store, given, IngestConfig.make(run=run, **options), progress)
+
+    def close(self) -> None:
+        if self._session is not None:
+            self._session[1].close()
+            self._session = None
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Lab({str(self.store.root)!r})"

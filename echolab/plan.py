@@ -1,0 +1,270 @@
+"""Before anything is read: the options of an ingest, the files, and what the ledger says is to be done with each."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from echolab.errors import EcholabError
+from echolab.ledger import Ledger, Reading
+from echolab.readers import READERS, Reader, choose
+from echolab.rows import Overrides
+from echolab.store import Snapshot
+
+NOBODYS = "_."  # first letters of files in a folder that are nobody's data
+
+
+class IngestConfig(BaseModel):
+    """What `echolab ingest` can be told. Every field but `replace` and `attempt` counts as an option of the reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: str
+    format: str = "auto"
+    role: Literal["policy", "expert"] = "policy"
+    step: int | None = None
+    split: str | None = None
+    model: str | None = None
+    source: str | None = None
+    map: dict[str, str] = {}
+    group_size: int | None = None
+    reward_weights: dict[str, float] = {}
+    strip_template: str | None = None
+    tokenizer: str | None = None
+    problems: dict[str, str] = {}
+    success_threshold: float | None = None
+    failure_reward: float | None = None
+    attempt: int | None = None
+    replace: bool = False
+    rename: str | None = None  # --as
+
+    @field_validator("run")
+    @classmethod
+    def _run(cls, run: str) -> str:
+        if not run.strip() or not run.isprintable() or len(run.encode()) > 200:
+            raise ValueError("a run's name is one printable line of at most 200 bytes")
+        return run
+
+    @field_validator("format")
+    @classmethod
+    def _format(cls, format: str) -> str:
+        known = ["auto", *(r.NAME for r in READERS)]
+        if format not in known:
+            raise ValueError(f"unknown format {format!r}: use {', '.join(known)}")
+        return format
+
+    @field_validator("group_size", "attempt")
+    @classmethod
+    def _positive(cls, value: int | None) -> int | None:
+        if value is not None and value < 1:
+            raise ValueError("must be at least 1")
+        return value
+
+    @field_validator("strip_template")
+    @classmethod
+    def _pattern(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as e:
+            raise ValueError(f"not a regular expression: {e}") from None
+        return pattern
+
+    @classmethod
+    def make(cls, **options: Any) -> IngestConfig:
+        """As the constructor, with one line instead of pydantic's page where it fails."""
+        try:
+            return cls(**options)
+        except ValidationError as e:
+            problem = e.errors()[0]
+            where = ".".join(str(p) for p in problem["loc"])
+            raise EcholabError(f"{where}: {problem['msg'].removeprefix('Value error, ')}") from None
+
+    def given(self, format: str) -> dict[str, Any]:
+        """The options that count when the same file comes again, defaults left out."""
+        names = ("role", "step", "split", "model", "source", "map", "group_size", "reward_weights", "strip_template",
+                 "tokenizer", "problems")  # fmt: skip
+        values = {n: getattr(self, n) for n in names if getattr(self, n) not in (None, {}, "policy")}
+        return {**values, "format": format}
+
+    def overrides(self) -> Overrides:
+        strip = re.compile(self.strip_template) if self.strip_template else None
+        return Overrides(
+            self.run,
+            self.role,
+            self.step,
+            self.split,
+            self.model,
+            self.source,
+            self.tokenizer,
+            self.group_size,
+            strip,
+            self.problems,
+        )
+
+
+@dataclass
+class FileReport:
+    """What became of one file."""
+
+    file: str
+    status: str  # ingested, continued, replaced, unchanged, skipped (no reader knows it), failed
+    format: str | None = None
+    known_by: str | None = None  # how the format was known
+    rows: int = 0
+    quarantined: int = 0
+    shared: int = 0
+    conflicts: int = 0
+    groups_by: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class IngestReport:
+    run: str
+    files: list[FileReport] = field(default_factory=list)
+    quarantine: list[str] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return sum(f.rows for f in self.files)
+
+    @property
+    def quarantined(self) -> int:
+        return sum(f.quarantined for f in self.files)
+
+
+@dataclass
+class Plan:
+    """What to do with one file, decided from the ledger before it is read."""
+
+    path: Path
+    rel: str
+    typed: str
+    reader: Reader
+    known_by: str
+    chain: tuple[Reading, ...]  # live readings of this source when the plan was made
+    status: str
+    continues: Reading | None = None
+    supersedes: tuple[str, ...] = ()
+    sha: Any = None  # of the bytes that are read already
+
+
+def find_files(paths: Sequence[str | Path], rename: str | None) -> Iterator[tuple[Path, str, str]]:
+    """Every file with its name in the store and as it was typed, folders in natural order."""
+    for given in paths:
+        path = Path(given).expanduser()
+        if path.is_dir():
+            for file in sorted(path.rglob("*"), key=_natural):
+                below = file.relative_to(path)
+                if file.is_file() and not any(part[0] in NOBODYS for part in below.parts):
+                    yield file, str(Path(rename or "", below).as_posix()), str(Path(given, below))
+        elif path.is_file():
+            yield path, rename or path.name, str(given)
+        else:
+            raise EcholabError(f"{given}: no such file or folder")
+
+
+def _natural(path: Path) -> list[tuple[int, int | str]]:
+    return [(0, int(p)) if p.isdigit() else (1, p) for p in re.split(r"(\d+)", str(path)) if p]
+
+
+def make_plan(ledger: Ledger, path: Path, rel: str, typed: str, config: IngestConfig, report: IngestReport) -> Plan | None:
+    """Compare a file with the ledger: new, to be continued, to be replaced, or nothing to do (None, and reported)."""
+    chosen = choose(path, config.format, mapped=bool(config.map))
+    if chosen is None:
+        empty = " (the file is empty)" if path.stat().st_size == 0 else ""
+        report.files.append(FileReport(rel, "skipped", notes=[f"no reader knows this file{empty}"]))
+        return None
+    reader, known_by = chosen
+    chain = ledger.chain(config.run, rel)
+    plan = Plan(path, rel, typed, reader, known_by, chain, "ingested")
+    if not chain:
+        return plan
+    same_options = all(r.options["given"] == config.given(reader.NAME) for r in chain)
+    last, sha = _known_beginning(path, chain)
+    if last and same_options:
+        size = path.stat().st_size
+        outdated = config.replace and last.reader_version < reader.VERSION
+        if not outdated and (size == last.bytes_read or _same_tail(path, last)):
+            report.files.append(FileReport(rel, "unchanged", last.format))
+            return None
+        if size > last.bytes_read and reader.CONTINUES and not last.options["found"].get("whole"):
+            return replace(plan, status="continued", continues=last, sha=sha)
+    if config.replace:
+        return replace(plan, status="replaced", supersedes=tuple(r.ingest_id for r in chain))
+    if config.attempt and config.attempt > max(r.attempt for r in chain) and same_options:
+        return plan
+    raise EcholabError(_changed(path, rel, chain, same_options, bool(last), config, reader.NAME))
+
+
+def _known_beginning(path: Path, chain: Sequence[Reading]) -> tuple[Reading | None, Any]:
+    """The longest finished sequence of readings whose bytes the file begins with: its last reading, and the hash of
+    these bytes, ready to go on. (Attempts may have read different contents under one name.)"""
+    size = path.stat().st_size
+    sha, done = hashlib.sha256(), 0
+    best: tuple[Reading | None, Any] = (None, None)
+    read_on = {r.options.get("continues") for r in chain}
+    with path.open("rb") as f:
+        for reading in sorted((r for r in chain if r.ingest_id not in read_on), key=lambda r: r.bytes_read):
+            if reading.bytes_read > size:
+                break
+            while done < reading.bytes_read and (chunk := f.read(min(1 << 20, reading.bytes_read - done))):
+                sha.update(chunk)
+                done += len(chunk)
+            if sha.hexdigest() == reading.sha256:
+                best = (reading, sha.copy())
+    return best
+
+
+def _same_tail(path: Path, last: Reading) -> bool:
+    """The file still ends in the unfinished line that was quarantined."""
+    tail = last.options.get("tail")
+    if not tail or path.stat().st_size != last.bytes_read + tail["bytes"]:
+        return False
+    with path.open("rb") as f:
+        f.seek(last.bytes_read)
+        return hashlib.sha256(f.read()).hexdigest() == tail["sha256"]
+
+
+def _changed(
+    path: Path, rel: str, chain: Sequence[Reading], same_options: bool, same_bytes: bool, config: IngestConfig, format: str
+) -> str:
+    last = chain[-1]
+    if same_bytes and not same_options:
+        old, new = last.options["given"], config.given(format)
+        names = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
+        what = ", ".join(f"{n} was {old.get(n, 'not given')}, is {new.get(n, 'not given')}" for n in names)
+        return f"{rel} is in run {config.run!r} with other options ({what}): give --replace to read it anew"
+    if path.resolve() != Path(last.options["path"]):
+        return (
+            f"{rel} is in run {config.run!r} with other content, from {Path(last.options['path']).parent}:"
+            " give --replace to put this one in its place, or --as NAME to keep both"
+        )
+    return f"{rel} changed since it was read into run {config.run!r}: give --replace to read it anew"
+
+
+def nothing_known(paths: Sequence[str | Path], report: IngestReport) -> str:
+    what = ", ".join(str(p) for p in paths)
+    if not report.files:
+        return f"{what}: no files"
+    if len(report.files) == 1:
+        example = "--map completion=response --map prompt=question"
+        return f"{what}: {report.files[0].notes[0]}; name its fields with --map, e.g. {example}"
+    return f"{what}: no reader knows any of the {len(report.files)} files; name their fields with --map, or their --format"
+
+
+def check_run(snapshot: Snapshot, config: IngestConfig) -> None:
+    """A run keeps its success threshold: changing it would change answers that were given."""
+    entry = snapshot.registry("runs").get(config.run)
+    for name in ("success_threshold", "failure_reward"):
+        given = getattr(config, name)
+        if entry and given is not None and given != entry["config"].get(name) and not config.replace:
+            option = "--" + name.replace("_", "-")
+            now = entry["config"].get(name)
+            raise EcholabError(f"run {config.run!r} has {option} {now}, not {given}: --replace changes it for all its rollouts")

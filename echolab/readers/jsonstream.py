@@ -1,0 +1,220 @@
+"""JSON documents of any size, split into the raw bytes of their elements without loading them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import BinaryIO
+
+from echolab.readers.base import BOM, parse_json
+
+ALL = "[]"  # in a path: every element of a list
+CHUNK = 1 << 20
+REST_BYTES = 16 << 20  # how much of a broken document's unreadable rest is kept
+
+_SPACE = re.compile(rb"[ \t\r\n]*+")
+_SCALAR = re.compile(rb'[^ \t\r\n,:"\[\]{}]*+')
+_TO_BRACKET = re.compile(rb'[^"\[\]{}]*+')
+_STRING = re.compile(rb'(?:[^"\\]+|\\.)*+', re.DOTALL)
+
+At = tuple[str | int, ...]
+
+
+@dataclass(slots=True)
+class Piece:
+    """One element that the path names, or (`side`) another value of an object that encloses such elements."""
+
+    at: At
+    raw: bytes
+    side: bool = False
+
+
+@dataclass(slots=True)
+class Broken:
+    """What could not be walked: a value of the wrong kind, or the rest of a document that ends early or is no JSON."""
+
+    reason: str
+    raw: bytes
+
+
+class _End(Exception):
+    """The file ended inside a value."""
+
+
+class _Syntax(Exception):
+    pass
+
+
+class _Cursor:
+    """A window on the file. The bytes from `mark` on are kept: the piece that is being read."""
+
+    def __init__(self, file: BinaryIO, size: int, chunk: int) -> None:
+        self.file, self.left, self.chunk = file, size, chunk
+        self.buf = bytearray()
+        self.mark = self.pos = self.dropped = 0
+        self.at: At = ()
+
+    def more(self) -> None:
+        data = self.file.read(min(self.chunk, self.left))
+        if not data:
+            raise _End
+        self.left -= len(data)
+        self.dropped += self.mark
+        del self.buf[: self.mark]
+        self.pos -= self.mark
+        self.mark = 0
+        self.buf += data
+
+    def run(self, pattern: re.Pattern[bytes]) -> None:
+        """Past all that the pattern takes, over the borders of chunks."""
+        while True:
+            match = pattern.match(self.buf, self.pos)
+            self.pos = match.end() if match else self.pos
+            del match  # it locks the buffer
+            if self.pos < len(self.buf):
+                return
+            self.more()
+
+    def peek(self) -> int:
+        """The next byte that is not white space. A new piece begins there."""
+        while True:
+            self.mark = self.pos
+            match = _SPACE.match(self.buf, self.pos)
+            self.mark = self.pos = match.end() if match else self.pos
+            del match
+            if self.pos < len(self.buf):
+                return self.buf[self.pos]
+            self.more()
+
+    def string(self) -> None:
+        """Past the closing quote. A backslash at the end of the window waits for what it escapes."""
+        self.pos += 1
+        while True:
+            match = _STRING.match(self.buf, self.pos)
+            self.pos = match.end() if match else self.pos
+            del match
+            if self.buf[self.pos : self.pos + 1] == b'"':
+                self.pos += 1
+                return
+            self.more()
+
+    def value(self) -> bytes:
+        """The raw bytes of the value that comes next; each byte is looked at once, however long it is."""
+        self.peek()
+        depth = 0
+        while True:
+            byte = self.buf[self.pos]
+            if byte == ord('"'):
+                self.string()
+            elif byte in b"{[":
+                depth += 1
+                self.pos += 1
+            elif byte in b"}]" and depth:
+                depth -= 1
+                self.pos += 1
+            else:
+                self.run(_SCALAR)
+                if self.pos == self.mark:
+                    raise _Syntax(f"unexpected {chr(byte)!r}")
+            if not depth:
+                return bytes(self.buf[self.mark : self.pos])
+            self.run(_TO_BRACKET)
+
+    def expect(self, wanted: bytes) -> int:
+        byte = self.peek()
+        if byte not in wanted:
+            names = " or ".join(repr(chr(w)) for w in wanted)
+            raise _Syntax(f"expected {names}, found {chr(byte)!r}")
+        self.pos += 1
+        return byte
+
+    def rest(self) -> bytes:
+        self.buf += self.file.read(min(self.left, max(0, REST_BYTES - (len(self.buf) - self.mark))))
+        return bytes(self.buf[self.mark :])
+
+
+def place(at: At) -> str:
+    """`categories[0].name`"""
+    return "".join(f"[{a}]" if isinstance(a, int) else f".{a}" for a in at).lstrip(".") or "the document"
+
+
+def walk(path: Path, names: Sequence[str], size: int | None = None, chunk: int = CHUNK) -> Iterator[Piece | Broken]:
+    """The pieces of the document in `path`, in the order of the file: `names` leads from its root to the elements,
+    with ALL for each list on the way. Memory holds one piece and one chunk. Elements that are complete come out
+    whatever follows them."""
+    with path.open("rb") as file:
+        cursor = _Cursor(file, path.stat().st_size if size is None else size, chunk)
+        try:
+            begin = file.read(min(len(BOM), cursor.left))
+            cursor.left -= len(begin)
+            cursor.buf += begin.removeprefix(BOM)
+            cursor.dropped = len(begin) - len(cursor.buf)
+            cursor.peek()
+        except _End:
+            return  # an empty file
+        try:
+            yield from _walk(cursor, names, ())
+        except _End:
+            yield Broken(f"the file ends in the middle of {place(cursor.at)}", cursor.rest())
+            return
+        except _Syntax as e:
+            yield _broken(cursor, str(e))
+            return
+        try:
+            cursor.peek()
+        except _End:
+            return
+        cursor.at = ()
+        yield _broken(cursor, "something follows the end of the document")
+
+
+def _broken(cursor: _Cursor, problem: str) -> Broken:
+    reason = f"not JSON in {place(cursor.at)}, at byte {cursor.dropped + cursor.pos}: {problem}"
+    rest = cursor.rest()
+    end = cursor.dropped + cursor.mark + len(rest)
+    cut = f"; only the next {len(rest)} bytes are kept" if cursor.file.seek(0, 2) > end else ""
+    return Broken(reason + cut, rest)
+
+
+def _walk(cursor: _Cursor, names: Sequence[str], at: At) -> Iterator[Piece | Broken]:
+    cursor.at = at
+    if not names:
+        yield Piece(at, cursor.value())
+        return
+    is_list = names[0] == ALL
+    if cursor.peek() != ord("[" if is_list else "{"):
+        raw = cursor.value()
+        if raw != b"null":
+            yield Broken(f"expected {'a list' if is_list else 'an object'} at {place(at)}", raw)
+        return
+    cursor.pos += 1
+    close = ord("]" if is_list else "}")
+    for i in count():
+        cursor.at = at
+        if cursor.peek() == close:
+            cursor.pos += 1
+            return
+        if i:
+            cursor.expect(b",")
+        if is_list:
+            yield from _walk(cursor, names[1:], (*at, i))
+        else:
+            yield from _member(cursor, names, at)
+
+
+def _member(cursor: _Cursor, names: Sequence[str], at: At) -> Iterator[Piece | Broken]:
+    if cursor.peek() != ord('"'):
+        raise _Syntax("expected a name in quotes")
+    try:
+        name = parse_json(cursor.value())
+    except ValueError as e:
+        raise _Syntax(str(e)) from None
+    cursor.expect(b":")
+    if name == names[0]:
+        yield from _walk(cursor, names[1:], (*at, name))
+    else:
+        cursor.at = (*at, name)
+        yield Piece((*at, name), cursor.value(), side=True)

@@ -1,0 +1,66 @@
+"""DuckDB over the exact files of a table, for maintenance: bounded memory, no extensions, typed by the schema."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import duckdb
+
+from echolab.schema import Table, duckdb_type
+
+MEMORY = "1GB"
+
+
+@contextmanager
+def scratch(folder: Path | None = None, memory: str = MEMORY) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection that spills to a temporary folder, inside `folder` if one is given."""
+    with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as spill:
+        con = duckdb.connect(
+            config={
+                "autoinstall_known_extensions": "false",
+                "autoload_known_extensions": "false",
+                "memory_limit": memory,
+                "temp_directory": spill,
+                "preserve_insertion_order": "false",
+            }
+        )
+        try:
+            con.execute("SET TimeZone = 'UTC'")
+            yield con
+        finally:
+            con.close()
+
+
+def text(value: object) -> str:
+    """An SQL string."""
+    return "'" + str(value).replace("'", "''") + "'"
+
+
+def parquet(files: Sequence[Path], options: str = "") -> str:
+    """`read_parquet` over these files, and over nothing else: brackets and stars in a name are no pattern."""
+    names = ", ".join(text(escape(f)) for f in files)
+    return f"read_parquet([{names}], union_by_name = true, hive_partitioning = false{options})"
+
+
+def escape(path: Path) -> str:
+    """A path in which DuckDB sees no pattern: of a folder `a[1]` it would read `a1` instead."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in str(path))
+
+
+def relation(con: duckdb.DuckDBPyConnection, spec: Table, files: Sequence[Path]) -> str:
+    """A SELECT of all rows with the schema's columns and types; columns that no file has are NULL."""
+    if not files:
+        columns = ", ".join(f'NULL::{duckdb_type(c.type)} AS "{c.name}"' for c in spec.columns)
+        return f"SELECT {columns} WHERE false"
+    source = parquet(files)
+    there = {row[0] for row in con.sql(f"DESCRIBE SELECT * FROM {source}").fetchall()}
+
+    def column(name: str, type: str) -> str:
+        value = f'"{name}"' if name in there else "NULL"
+        return f'CAST({value} AS {type}) AS "{name}"'
+
+    columns = ", ".join(column(c.name, duckdb_type(c.type)) for c in spec.columns)
+    return f"SELECT {columns} FROM {source}"

@@ -1,0 +1,266 @@
+"""The `echolab` command: a thin skin over the library. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from echolab.errors import EcholabError
+from pipelines.options import (
+    DONE,
+    ERROR,
+    INTERRUPTED,
+    PARTLY,
+    USAGE,
+    AtOption,
+    FormatOption,
+    JsonOption,
+    OutOption,
+    Progress,
+    RowsOption,
+    ScorerOption,
+    SegmenterOption,
+    StoreOption,
+    VerifierOption,
+    VersionOption,
+    number,
+    open_lab,
+    option,
+    pairs,
+    print_json,
+    read_json,
+    say,
+    store_path,
+    view_options,
+)
+from pipelines.store_commands import store_app
+
+app = typer.Typer(
+    name="echolab",
+    help="Which rollouts of your RL run still teach something? Ask a store of them by SQL.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(store_app, name="store")
+
+
+def main() -> None:
+    """Run the command. Errors are one line; nobody sees a traceback."""
+    try:
+        app(standalone_mode=False)
+        code = DONE
+    except typer.Exit as e:
+        code = e.exit_code
+    except EcholabError as e:
+        code = _fail(str(e), ERROR)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = DONE
+    except OSError as e:
+        code = _fail(f"{e.filename}: {e.strerror}" if e.filename else str(e), ERROR)
+    except Exception as e:
+        if not hasattr(e, "format_message"):  # not typer's way to say that the command line is wrong
+            raise
+        code = _usage(e)
+    sys.exit(code)
+
+
+def _usage(error: Any) -> int:
+    where = error.ctx.command_path if error.ctx else "echolab"
+    return _fail(f"{error.format_message()} (see `{where} --help`)", USAGE)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"echolab: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+@app.command()
+def ingest(
+    paths: Annotated[list[Path], typer.Argument(help="Dump files, or folders of them.", show_default=False)],
+    run: Annotated[str, option("The run that the rollouts belong to.")],
+    store: StoreOption = None,
+    format: Annotated[str, typer.Option(help="The dump format; auto looks at the files.")] = "auto",
+    role: Annotated[str, typer.Option(help="policy, or expert for golden solutions.")] = "policy",
+    step: Annotated[int | None, option("Training step of all rows.")] = None,
+    split: Annotated[str | None, option("train, eval, ...")] = None,
+    model: Annotated[str | None, option("Model that sampled.")] = None,
+    source: Annotated[str | None, option("Name of the dataset.")] = None,
+    map: Annotated[list[str] | None, option("Where a column is found; ys[] walks a list.", metavar="COLUMN=PATH")] = None,
+    group_size: Annotated[int | None, option("Rollouts of a group, where the dump does not say.")] = None,
+    reward_weights: Annotated[list[str] | None, option("Weights of the reward functions.", metavar="NAME=WEIGHT")] = None,
+    success_threshold: Annotated[float | None, option("Lowest reward of a success; kept with the run (1).")] = None,
+    failure_reward: Annotated[float | None, option("Reward of a failure; kept with the run.")] = None,
+    strip_template: Annotated[str | None, option("Cut this from prompts to find the problem.", metavar="REGEX")] = None,
+    problems: Annotated[Path | None, option("JSON object: prompt -> name of its problem.", metavar="FILE")] = None,
+    tokenizer: Annotated[str | None, option("Tokenizer of the token ids.")] = None,
+    attempt: Annotated[int | None, option("Attempt of the run; hides earlier ones from its lowest step on.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Changed files take the place of what was read.")] = False,
+    rename: Annotated[str | None, option("Name of the file (or folder) in the store.", "--as", metavar="REL")] = None,
+    json_: JsonOption = False,
+) -> None:  # fmt: skip
+    """Read dumps of any trainer into the store (made if it is not there). What is known already is not read again.
+
+    echolab ingest runs/dumps --run my-run --store store
+    """
+    from echolab.ingest import ingest as ingest_
+    from echolab.plan import IngestConfig
+    from echolab.store import Store
+
+    weights = {k: number(v, "--reward-weights") for k, v in pairs(reward_weights or [], "--reward-weights").items()}
+    config = IngestConfig.make(
+        run=run, format=format, role=role, step=step, split=split, model=model, source=source,
+        map=pairs(map or [], "--map"), group_size=group_size, reward_weights=weights, success_threshold=success_threshold,
+        failure_reward=failure_reward, strip_template=strip_template, problems=read_json(problems), tokenizer=tokenizer,
+        attempt=attempt, replace=replace, rename=rename,
+    )  # fmt: skip
+    target = Store.create(store_path(store))
+    with Progress("reading", enabled=not json_) as progress:
+        report = ingest_(target, paths, config, progress)
+    failed = [f for f in report.files if f.status == "failed"]
+    if json_:
+        print_json({"run": run, "rows": report.rows, "quarantined": report.quarantined, "quarantine": report.quarantine,
+                     "files": [f.__dict__ for f in report.files]})  # fmt: skip
+    else:
+        _print_ingest(report, target.root)
+    if report.quarantined or failed:
+        raise typer.Exit(PARTLY)
+
+
+def _print_ingest(report: Any, root: Path) -> None:
+    shown = report.files if len(report.files) <= 20 else [f for f in report.files if f.status in ("failed", "skipped")][:20]
+    for f in shown:
+        known = f" as {f.format} ({f.known_by})" if f.known_by else ""
+        numbers = f": {f.rows:,} rollouts" if f.status in ("ingested", "continued", "replaced") else ""
+        numbers += f", groups by {f.groups_by}" if f.groups_by else ""
+        print(f"{f.file}: {f.status}{known}{numbers}")
+        for note in f.notes:
+            print(f"    {note}")
+        if f.quarantined:
+            print(f"    {f.quarantined:,} rows could not be read")
+        if f.shared:
+            conflicts = f", {f.conflicts:,} of them with another reward" if f.conflicts else ""
+            print(f"    {f.shared:,} rollouts were in the store already and show once{conflicts}")
+    if len(shown) < len(report.files):
+        _print_many(report.files)
+    print(f"run {report.run}: {report.rows:,} rollouts new in {root}")
+    if report.quarantined:
+        print(f"{report.quarantined:,} rows are in quarantine, with reason and bytes: {root / '_quarantine'}")
+
+
+def _print_many(files: list[Any]) -> None:
+    """A line for each way of reading instead of a line for each file."""
+    kinds: dict[tuple, list[Any]] = {}
+    for f in files:
+        kinds.setdefault((f.status, f.format, f.known_by, f.groups_by), []).append(f)
+    for (status, format, known_by, groups_by), members in kinds.items():
+        known = f" as {format} ({known_by})" if known_by else ""
+        groups = f", groups by {groups_by}" if groups_by else ""
+        print(f"{len(members):,} files {status}{known}: {sum(f.rows for f in members):,} rollouts{groups}")
+    for note in dict.fromkeys(n for f in files if f.status not in ("failed", "skipped") for n in f.notes):
+        print(f"    {note}")
+
+
+@app.command()
+def query(
+    name: Annotated[str | None, typer.Argument(help="Name of the query.", show_default=False)] = None,
+    param: Annotated[list[str] | None, option("A parameter of the query.", "--param", "-p", metavar="NAME=VALUE")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Show the queries and their parameters.")] = False,
+    store: StoreOption = None,
+    format: FormatOption = "table",
+    out: OutOption = None,
+    rows: RowsOption = 50,
+    verifier: VerifierOption = None,
+    scorer: ScorerOption = None,
+    segmenter: SegmenterOption = None,
+    version: VersionOption = None,
+    at: AtOption = None,
+    json_: JsonOption = False,
+) -> None:  # fmt: skip
+    """Answer a named question.
+
+    echolab query degenerate_by_step --param run=my-run --store store
+    """
+    from pipelines.render import write
+
+    if list_:
+        _list_queries(json_)
+        return
+    if name is None:
+        raise typer.BadParameter("which query? `echolab query --list` shows them", param_hint="NAME")
+    with open_lab(store, version, at) as lab:
+        frame = lab.query(name, view_options(verifier, scorer, segmenter), **pairs(param or [], "--param"))
+    write(frame, "json" if json_ else format, out, rows)
+
+
+def _list_queries(json_: bool) -> None:
+    from echolab.queries import list_queries
+
+    queries = list_queries()
+    if json_:
+        print_json([{"name": q.name, "title": q.title, "answers": q.answers, "example": q.example,
+                      "params": [p.__dict__ for p in q.params]} for q in queries])  # fmt: skip
+        return
+    for q in queries:
+        print(f"{q.name}: {q.title}\n    {q.answers}")
+        for p in q.params:
+            print(f"    --param {p.name}={p.type}  {p.doc} (default {p.default})")
+        print(f"    {q.example}\n")
+
+
+@app.command()
+def sql(
+    text: Annotated[str | None, typer.Argument(metavar="QUERY", help="One SELECT. Without it: a prompt, or stdin.", show_default=False)] = None,
+    store: StoreOption = None,
+    format: FormatOption = "table",
+    out: OutOption = None,
+    rows: RowsOption = 50,
+    verifier: VerifierOption = None,
+    scorer: ScorerOption = None,
+    segmenter: SegmenterOption = None,
+    version: VersionOption = None,
+    at: AtOption = None,
+    json_: JsonOption = False,
+) -> None:  # fmt: skip
+    """Ask the store in SQL. Views: rollouts, groups, prompts, problems, segments, tokens, and one for each table.
+
+    echolab sql "SELECT kind, count(*) FROM groups GROUP BY kind" --store store
+    """
+    from pipelines.render import write
+
+    with open_lab(store, version, at) as lab:
+        session = lab.session(view_options(verifier, scorer, segmenter))
+        if text is None and sys.stdin.isatty():
+            from pipelines.prompt import prompt
+
+            prompt(session, rows)
+            return
+        frame = session.sql(sys.stdin.read() if text in (None, "-") else text)  # type: ignore[arg-type]
+    write(frame, "json" if json_ else format, out, rows)
+
+
+@app.command()
+def demo(
+    keep: Annotated[Path, typer.Option("--keep", metavar="DIR", help="Folder of the demo's dumps and store.")] = Path(
+        "echolab-demo"
+    ),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start again from nothing.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Generate the dumps of a run, ingest them, and ask which of its groups teach nothing.
+
+    echolab demo --keep echolab-demo
+    """
+    from pipelines.demo import demo as demo_
+
+    facts = demo_(keep, fresh, say=say if json_ else print)
+    if json_:
+        print_json(facts)

@@ -1,0 +1,111 @@
+"""`echolab demo`: the dumps of a simulated run, a store made from them, and the questions about degenerate groups.
+
+The run is simulated, not trained: sixteen prompts a step, eight samples each, a policy whose skill on each problem grows
+until most groups are all right, two problems that it never solves, and one that it forgets.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import echolab
+from echolab.errors import EcholabError
+from pipelines.render import table
+
+STEPS, PROMPTS, SAMPLES, PROBLEMS, SEED = 60, 16, 8, 48, 7
+HOPELESS, FORGOTTEN = (46, 47), 5
+Say = Callable[[str], Any]
+
+QUESTIONS = (
+    ("Which groups teach nothing, since when?", "degenerate_by_step", {"run": "demo"}),
+    ("What did they cost?", "wasted_tokens", {"run": "demo"}),
+    ("Which problems are the reason?", "degenerate_prompts", {"run": "demo"}),
+    ("Which of the hopeless ones could an expert teach?", "all_fail_with_expert", {"run": "demo"}),
+)
+
+
+def demo(folder: Path, fresh: bool, say: Say = print) -> dict[str, Any]:
+    """Make (or reuse) the demo in `folder`, and say what its store answers."""
+    dumps, store = folder / "dumps", folder / "store"
+    if fresh and folder.exists():
+        if not (dumps / "train" / "1.jsonl").exists() and any(folder.iterdir()):
+            raise EcholabError(f"{folder} does not look like a demo: give another --keep")
+        shutil.rmtree(folder)
+    say(f"A simulated run of {STEPS} steps, {PROMPTS} prompts a step, {SAMPLES} samples a prompt, dumped as verl does: {dumps}")
+    write_dumps(dumps)
+    with echolab.open(store, create=True) as lab:
+        policy = lab.ingest(dumps / "train", run="demo")
+        expert = lab.ingest(dumps / "expert", run="expert", role="expert")
+        say(f"echolab ingest: {policy.rows + expert.rows:,} rollouts new in {store}")
+        answers = {}
+        for question, name, params in QUESTIONS:
+            frame = lab.query(name, **params)
+            answers[name] = frame.to_dicts()
+            sampled = frame.gather_every(max(1, frame.height // 12)) if "step" in frame.columns else frame
+            some = f", every {max(1, frame.height // 12)}th step" if "step" in frame.columns else ""
+            say(f"\n{question}\n  echolab query {name} --param run=demo --store {store}{some}\n\n{table(sampled, 12)}")
+    say(f'Ask on: echolab sql "SELECT kind, count(*) FROM groups GROUP BY kind" --store {store}')
+    return {"store": str(store), "answers": answers}
+
+
+def write_dumps(folder: Path) -> None:
+    """The same files every time, so that a second demo has nothing new to ingest."""
+    rng = random.Random(SEED)
+    problems = [(rng.randint(10, 99), rng.randint(10, 99)) for _ in range(PROBLEMS)]
+    (folder / "train").mkdir(parents=True, exist_ok=True)
+    (folder / "expert").mkdir(exist_ok=True)
+    for step in range(1, STEPS + 1):
+        lines = []
+        for problem in rng.sample(range(PROBLEMS), PROMPTS):
+            right = _skill(problem, step)
+            for sample in range(SAMPLES):
+                solved = rng.random() < right
+                lines.append(_rollout(problems[problem], step, f"{step:04d}-{problem:02d}_{sample}_0", solved, rng))
+        _write(folder / "train" / f"{step}.jsonl", lines)
+    golden = [
+        {"prompt": _prompt(p), "completion": _solution(p, sum(p)), "reward": 1.0, "ground_truth": str(sum(p)), "source": "sums"}
+        for p in problems
+    ]
+    _write(folder / "expert" / "solutions.jsonl", golden)
+
+
+def _skill(problem: int, step: int) -> float:
+    """Chance of a right answer: a logistic curve that starts later for later problems."""
+    if problem in HOPELESS:
+        return 0.0
+    if problem == FORGOTTEN and step > 40:
+        return 0.0
+    chance = 1 / (1 + math.exp(-(step - 6 - 0.6 * problem) / 4))
+    return 1.0 if chance > 0.98 else chance
+
+
+def _prompt(problem: tuple[int, int]) -> str:
+    return f"What is {problem[0]} + {problem[1]}?"
+
+
+def _solution(problem: tuple[int, int], answer: int) -> str:
+    a, b = problem
+    return f"Tens first: {a // 10 * 10} + {b // 10 * 10}.\nThen the rest: {a % 10} + {b % 10}.\n\\boxed{{{answer}}}"
+
+
+def _rollout(problem: tuple[int, int], step: int, uid: str, solved: bool, rng: random.Random) -> dict[str, Any]:
+    answer = sum(problem) + (0 if solved else rng.choice((-10, -1, 1, 10)))
+    doubts = "".join(f"Let me check that again: {rng.randint(10, 99)}.\n" for _ in range(rng.randint(0, 6 if solved else 12)))
+    return {
+        "input": f"user\n{_prompt(problem)}\nassistant\n",
+        "output": doubts + _solution(problem, answer),
+        "gts": str(sum(problem)),
+        "score": float(solved),
+        "step": step,
+        "uid": uid,
+    }
+
+
+def _write(path: Path, lines: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -1,0 +1,131 @@
+"""What the commands share: options, the store they work on, progress."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from echolab.errors import EcholabError
+
+if TYPE_CHECKING:
+    from echolab.lab import Lab
+    from echolab.sql import Options
+
+DONE, ERROR, USAGE, PARTLY, INTERRUPTED = 0, 1, 2, 3, 130  # exit codes
+
+
+def option(help: str, *names: str, metavar: str | None = None, envvar: str | None = None) -> Any:
+    """An option whose default need not be shown."""
+    return typer.Option(*names, help=help, metavar=metavar, envvar=envvar, show_default=False)
+
+
+StoreOption = Annotated[Path | None, option("The store's folder.", "--store", "-s", envvar="ECHOLAB_STORE")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, all else on stderr.")]
+VerifierOption = Annotated[str | None, option("Take rewards and success from this verifier.")]
+ScorerOption = Annotated[str | None, option("Show token numbers of this scorer.")]
+SegmenterOption = Annotated[str | None, option("Show segments of this segmenter.")]
+FormatOption = Annotated[str, typer.Option("--format", "-f", help="table, csv, json, md or parquet.")]
+OutOption = Annotated[Path | None, option("Write to this file.", "--out", "-o")]
+RowsOption = Annotated[int, typer.Option("--rows", help="Rows of a table to show; 0 shows all.")]
+AtOption = Annotated[datetime | None, option("The store as it stood at this time (UTC).")]
+VersionOption = Annotated[int | None, option("The store as it stood at this version.", "--version")]
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def print_json(document: Any) -> None:
+    from pipelines.render import plain
+
+    print(json.dumps(plain(document), ensure_ascii=False))
+
+
+def store_path(path: Path | None) -> Path:
+    if path is None:
+        raise EcholabError("which store? Give --store DIR, or set ECHOLAB_STORE")
+    return path
+
+
+def open_lab(path: Path | None, version: int | None = None, at: datetime | None = None) -> Lab:
+    import echolab
+
+    if at is not None and at.tzinfo is None:
+        at = at.replace(tzinfo=UTC)
+    return echolab.open(store_path(path), version=version, at=at)
+
+
+def view_options(verifier: str | None, scorer: str | None, segmenter: str | None) -> Options:
+    from echolab.sql import Options
+
+    return Options(verifier=verifier, scorer=scorer, segmenter=segmenter)
+
+
+def pairs(items: list[str], option: str) -> dict[str, str]:
+    found = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or not key or not value:
+            raise typer.BadParameter(f"expected NAME=VALUE, got {item!r}", param_hint=option)
+        found[key.strip()] = value
+    return found
+
+
+def number(text: str, option: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"not a number: {text!r}", param_hint=option) from None
+
+
+def read_json(path: Path | None) -> dict[str, str]:
+    if path is None:
+        return {}
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as e:
+        raise EcholabError(f"{path}: not JSON ({e})") from None
+
+
+class Progress:
+    """A bar on a terminal, a line every few seconds elsewhere, nothing for --json."""
+
+    def __init__(self, what: str, enabled: bool):
+        self.what, self.enabled, self.bar, self.said = what, enabled, None, 0.0
+
+    def __enter__(self) -> Any:
+        return self.show if self.enabled else None
+
+    def show(self, file: str, done: int, total: int) -> None:
+        if not sys.stderr.isatty():
+            if time.monotonic() - self.said > 5:
+                self.said = self.said or time.monotonic()  # the first one comes only when it takes long
+                if time.monotonic() - self.said > 5:
+                    self.said = time.monotonic()
+                    say(f"{self.what} {file}: {done >> 20:,} of {total >> 20:,} MB")
+            return
+        if self.bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+            )
+            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task(self.what, total=total)
+        self.bar.update(self.task, completed=done, total=total, description=f"{self.what} {file[-30:]}")
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()

@@ -1,0 +1,155 @@
+"""Frames as people and programs want them: an aligned table, CSV, JSON, Markdown, Parquet."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import sys
+from datetime import date, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from echolab.errors import EcholabError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+FORMATS = ("table", "csv", "json", "md", "parquet")
+SHOWN_ROWS = 50
+CELL_CHARS = 60
+SAFE_INTEGER = 2**53  # above it, readers of JSON lose digits
+
+
+def write(frame: pl.DataFrame, format: str, out: Path | None, rows: int = SHOWN_ROWS) -> None:
+    """Write a frame to a file or to stdout. Only a table leaves rows out, and says so."""
+    if format not in FORMATS:
+        raise EcholabError(f"unknown format {format!r}: use {', '.join(FORMATS)}")
+    if format == "parquet":
+        if out is None:
+            raise EcholabError("Parquet goes to a file: give --out FILE")
+        frame.write_parquet(out)
+        return
+    if out is None:
+        _text(frame, format, rows, sys.stdout)
+    else:
+        with out.open("w", encoding="utf-8", newline="") as f:
+            _text(frame, format, rows, f)
+
+
+def _text(frame: pl.DataFrame, format: str, rows: int, out: TextIO) -> None:
+    if format == "json":
+        _json(frame, out)
+    elif format == "csv":
+        _csv(frame, out)
+    elif format == "md":
+        out.write(markdown(frame))
+    else:
+        out.write(table(frame, rows))
+
+
+def _json(frame: pl.DataFrame, out: TextIO) -> None:
+    """{"columns": [{name, type}], "rows": [{...}]}, all rows, written in slices."""
+    import orjson
+
+    columns = [{"name": n, "type": _type(t)} for n, t in frame.schema.items()]
+    out.write('{"columns": ' + orjson.dumps(columns).decode() + ', "rows": [')
+    for start in range(0, frame.height, 4096):
+        for i, row in enumerate(frame.slice(start, 4096).iter_rows(named=True)):
+            comma = "" if start == i == 0 else ",\n"
+            out.write(comma + orjson.dumps({k: plain(v) for k, v in row.items()}, option=orjson.OPT_NON_STR_KEYS).decode())
+    out.write("]}\n")
+
+
+def _type(dtype: Any) -> str:
+    return str(dtype).replace("String", "text")
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can say it: no NaN or infinity, large integers and bytes as strings, times in ISO 8601."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, int):
+        return value if -SAFE_INTEGER <= value <= SAFE_INTEGER else str(value)
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, datetime | date):
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        return float(value) if value.is_finite() else None
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return str(value)
+
+
+def _csv(frame: pl.DataFrame, out: TextIO) -> None:
+    import orjson
+
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(frame.columns)
+    for row in frame.iter_rows():
+        cells = [orjson.dumps(plain(v)).decode() if isinstance(v, list | dict) else v for v in row]
+        writer.writerow(["" if v is None else v.isoformat() if isinstance(v, datetime | date) else v for v in cells])
+
+
+def table(frame: pl.DataFrame, rows: int = SHOWN_ROWS) -> str:
+    """Aligned columns; long texts are cut, and so are rows beyond `rows` (0: none are)."""
+    shown = frame.head(rows) if rows else frame
+    numeric = [t.is_numeric() for t in frame.dtypes]
+    cells = [[cell(v) for v in row] for row in shown.iter_rows()]
+    widths = [max([len(n), *(len(r[i]) for r in cells)]) for i, n in enumerate(frame.columns)]
+
+    def line(values: list[str]) -> str:
+        parts = [v.rjust(w) if right else v.ljust(w) for v, w, right in zip(values, widths, numeric, strict=True)]
+        return "  ".join(parts).rstrip() + "\n"
+
+    out = io.StringIO()
+    out.write(line(list(frame.columns)))
+    out.write("  ".join("-" * w for w in widths) + "\n")
+    out.writelines(line(row) for row in cells)
+    if shown.height < frame.height:
+        out.write(f"({frame.height:,} rows, {shown.height:,} shown: --rows 0 shows all)\n")
+    elif frame.height == 0:
+        out.write("(no rows)\n")
+    return out.getvalue()
+
+
+def markdown(frame: pl.DataFrame) -> str:
+    lines = [list(frame.columns), ["--:" if t.is_numeric() else "---" for t in frame.dtypes]]
+    lines += [[cell(v).replace("|", "\\|") for v in row] for row in frame.iter_rows()]
+    return "".join("| " + " | ".join(row) + " |\n" for row in lines)
+
+
+def cell(value: Any) -> str:
+    """One value on one line. Control characters of a model's text do not reach the terminal."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = value.isoformat(sep=" ", timespec="seconds") if isinstance(value, datetime) else str(value)
+    text = "".join(c if c.isprintable() else "·" for c in " ".join(text.split()))
+    return text if len(text) <= CELL_CHARS else text[: CELL_CHARS - 1] + "…"
+
+
+def facts(document: dict[str, Any], indent: int = 0) -> str:
+    """A nested document as indented lines; a list of like records as a table."""
+    out = io.StringIO()
+    for key, value in document.items():
+        name = " " * indent + str(key).replace("_", " ")
+        if isinstance(value, dict):
+            out.write(f"{name}:\n{facts(value, indent + 2)}" if value else "")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            import polars as pl
+
+            lines = table(pl.DataFrame(value, infer_schema_length=None), 0).splitlines()
+            out.write(f"{name}:\n" + "".join(" " * (indent + 2) + line + "\n" for line in lines))
+        elif isinstance(value, list):
+            out.write(f"{name}: {', '.join(map(str, value)) or 'none'}\n")
+        else:
+            out.write(f"{name}: {f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else value}\n")
+    return out.getvalue()
