@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from echolab import ids, scan
 from echolab.errors import EcholabError
+from echolab.files import ROW_GROUP_BYTES, ROW_GROUP_ROWS, conform, finish_file, merge_statistics, pc, statistics
 from echolab.schema import TABLES, Table
-from echolab.store import (
-    ROW_GROUP_BYTES,
-    ROW_GROUP_ROWS,
-    DataFile,
-    Staged,
-    Store,
-    conform,
-    finish_file,
-    merge_statistics,
-    statistics,
-)
+from echolab.store import DataFile, Staged, Store
 
 TARGET_BYTES = 256 << 20  # on disk; a file ends with the row group that reaches it
 SMALL_BYTES = TARGET_BYTES // 2
@@ -37,9 +27,7 @@ KEY_MEMORY = "256MB"
 
 
 @dataclass
-class Compacted:
-    """What a compaction did."""
-
+class _Done:
     files_before: int = 0
     files_after: int = 0
     rows_dropped: int = 0
@@ -55,7 +43,7 @@ class _Merge:
     files: list[DataFile]
 
 
-def compact(store: Store, table: str | None = None, full: bool = False) -> Compacted:
+def compact(store: Store, table: str | None = None, full: bool = False) -> dict[str, Any]:
     """Merge small files, and rewrite those with rows that no ledger will show; `full` rewrites all.
 
     Takes the store lock itself, for planning and for each commit; rows are rewritten outside of it."""
@@ -65,7 +53,7 @@ def compact(store: Store, table: str | None = None, full: bool = False) -> Compa
         return _compact(store, list(TABLES) if table is None else [table], full)
 
 
-def auto(store: Store, table: str) -> Compacted | None:
+def auto(store: Store, table: str) -> dict[str, Any] | None:
     """Compact a table where small files have piled up; None where they have not, or somebody is at it already."""
     spec = TABLES[table]
     many = MANY_SMALL_FILES if spec.partition else MANY_SMALL_ROOT_FILES
@@ -79,13 +67,13 @@ def auto(store: Store, table: str) -> Compacted | None:
         return None
 
 
-def _compact(store: Store, tables: Sequence[str], full: bool) -> Compacted:
-    done = Compacted()
+def _compact(store: Store, tables: Sequence[str], full: bool) -> dict[str, Any]:
+    done = _Done()
     for name in tables:
         with store.job("compact") as folder, scan.scratch(folder, KEY_MEMORY) as con:
             for merge in _plan(store, con, TABLES[name], full):
                 _run(store, con, merge, folder, done)
-    return done
+    return asdict(done)
 
 
 def _plan(store: Store, con: duckdb.DuckDBPyConnection, spec: Table, full: bool) -> list[_Merge]:
@@ -106,7 +94,7 @@ def _plan(store: Store, con: duckdb.DuckDBPyConnection, spec: Table, full: bool)
     return merges
 
 
-def _run(store: Store, con: duckdb.DuckDBPyConnection, merge: _Merge, folder: Path, done: Compacted) -> None:
+def _run(store: Store, con: duckdb.DuckDBPyConnection, merge: _Merge, folder: Path, done: _Done) -> None:
     spec, files = merge.spec, merge.files
     dropped = _count_dead(con, spec, files)
     staged = list(_stage(merge, _merged(con, spec, files), folder))
@@ -214,18 +202,21 @@ class _Cursor:
 
     def __init__(self, path: Path, spec: Table):
         self.path, self.schema = path, spec.arrow
-        file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16)
-        meta = file.metadata
+        meta = pq.read_metadata(path)
         self.bytes = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
-        rows = max(1, int((1 << 20) * meta.num_rows / max(self.bytes, 1)))
-        self.batches = file.iter_batches(batch_size=min(rows, 4096), use_threads=False)
+        self.batch = max(1, min(4096, int((1 << 20) * meta.num_rows / max(self.bytes, 1))))
+        self._rewind()
+
+    def _rewind(self) -> None:
+        file = pq.ParquetFile(self.path, pre_buffer=False, buffer_size=1 << 16)
+        self.batches = file.iter_batches(batch_size=self.batch, use_threads=False)
         self.start = 0  # the file's row that `buffer` starts with
         self.buffer = self.schema.empty_table()
 
     def take(self, rows: pa.Array) -> pa.Table:
         ends = pc.min_max(rows).as_py()
-        if ends["min"] < self.start:
-            raise EcholabError(f"{self.path} is not sorted as its table is: nothing was changed; run `echolab store validate`")
+        if ends["min"] < self.start:  # not sorted: other software wrote it, or an echolab with another order
+            self._rewind()
         parts, end = [self.buffer], self.start + self.buffer.num_rows
         while end <= ends["max"]:
             part = conform(pa.Table.from_batches([next(self.batches)]), self.schema)

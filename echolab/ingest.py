@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from echolab import ids
+from echolab.compaction import auto
 from echolab.errors import EcholabError, Unreadable
 from echolab.ledger import Ledger, Reading
 from echolab.plan import FileReport, IngestConfig, IngestReport, Plan, check_run, find_files, make_plan, nothing_known
@@ -71,6 +72,9 @@ def ingest(store: Store, paths: Sequence[str | Path], config: IngestConfig, prog
     _register_run(store, config)
     with store.job("ingest") as folder:
         _Ingest(store, snapshot, config, folder, report).read(plans, progress)
+    if plans:
+        for table in ("rollouts", "ingests"):
+            auto(store, table)
     return report
 
 

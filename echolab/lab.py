@@ -61,6 +61,18 @@ class Lab:
         given = [paths] if isinstance(paths, str | Path) else paths
         return ingest(self.store, given, IngestConfig.make(run=run, **options), progress)
 
+    def info(self) -> dict[str, Any]:
+        """What the store holds: runs, readings, tables, pins."""
+        from echolab.maintenance import info
+
+        return info(self.snapshot)
+
+    def validate(self) -> list[str]:
+        """Every way in which the store is not sound, one line each; empty when it is."""
+        from echolab.validation import validate
+
+        return validate(self.snapshot)
+
     def close(self) -> None:
         if self._session is not None:
             self._session[1].close()

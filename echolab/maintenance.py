@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,14 @@ from deltalake.schema import Schema
 from filelock import FileLock, Timeout
 
 from echolab import scan
-from echolab.compaction import Compacted, auto, compact
+from echolab.compaction import auto, compact
 from echolab.errors import EcholabError
 from echolab.ledger import Ledger
 from echolab.schema import FORMAT_VERSION, TABLES, Table
 from echolab.store import Snapshot, Store, now
-from echolab.validation import SHOWN, leftovers, type_name, validate
+from echolab.validate import SHOWN, leftovers, type_name, validate
 
-__all__ = [
-    "Compacted", "Removed", "auto", "compact", "history", "info", "leftovers", "migrate", "pins", "unpin", "vacuum", "validate",
-]  # fmt: skip
+__all__ = ["auto", "compact", "history", "info", "leftovers", "migrate", "pins", "release", "vacuum", "validate"]
 
 PINNING = ("clipsets", "cohorts", "exports")
 FLOOR_HOURS = 1.0  # no file goes that is younger than the longest writer may need
@@ -119,10 +117,8 @@ _OPERATIONS = {"CREATE TABLE": "create", "VACUUM END": "vacuum", "ADD COLUMN": "
 
 
 @dataclass
-class Removed:
-    """What a vacuum removed, or would remove."""
-
-    files: list[str] = field(default_factory=list)  # below the store's folder
+class _Removed:
+    files: list[str] = field(default_factory=list)
     bytes: int = 0
     released: list[str] = field(default_factory=list)
 
@@ -138,7 +134,7 @@ def pins(snapshot: Snapshot) -> list[dict[str, Any]]:
     return sorted(held, key=lambda p: (p["kind"], p["name"], p["version"]))
 
 
-def unpin(store: Store, names: Iterable[str]) -> list[str]:
+def release(store: Store, names: Iterable[str]) -> list[str]:
     """Release the table versions that these names hold, all versions of a name (or one: `name@2`). Call it under the lock."""
     snapshot = store.snapshot()
     chosen = _chosen(pins(snapshot), names)
@@ -170,9 +166,11 @@ def vacuum(
     dry_run: bool = False,
     unpin: Sequence[str] = (),
     floor_hours: float = FLOOR_HOURS,
-) -> Removed:
+) -> dict[str, Any]:
     """Delete files that neither the current version nor a pinned one needs, and that nobody has needed for `keep_days`;
-    with them what dead processes left behind. Somebody may still read an older snapshot: `keep_days` is for them."""
+    with them what dead processes left behind. Somebody may still read an older snapshot: `keep_days` is for them.
+
+    Returns the files that went (or would go), below the store's folder, their bytes, and what was released."""
     hours = keep_days * 24
     if not hours >= floor_hours:  # also NaN
         raise EcholabError(
@@ -181,9 +179,9 @@ def vacuum(
     with store.lock():
         released = _chosen(pins(store.snapshot()), unpin)
         if released and not dry_run:
-            globals()["unpin"](store, unpin)
+            release(store, unpin)
         snapshot = store.snapshot()
-        removed = Removed(released=[_label(pin) for pin in released])
+        removed = _Removed(released=[_label(pin) for pin in released])
         held = [pin for pin in pins(snapshot) if pin not in released]
         for name in snapshot.versions:
             _vacuum_table(store, name, hours, [pin["tables"].get(name) for pin in held], dry_run, removed)
@@ -191,10 +189,12 @@ def vacuum(
             _remove(store, job, dry_run, removed)
         for path in _old_quarantine(store, snapshot.ledger, hours):
             _remove(store, path, dry_run, removed)
-    return removed
+    return asdict(removed)
 
 
-def _vacuum_table(store: Store, name: str, hours: float, pinned: Sequence[int | None], dry_run: bool, removed: Removed) -> None:
+def _vacuum_table(
+    store: Store, name: str, hours: float, pinned: Sequence[int | None], dry_run: bool, removed: _Removed
+) -> None:
     delta = store.delta(name)
     keep = sorted({v for v in pinned if v is not None and v <= delta.version()})
 
@@ -239,7 +239,7 @@ def _old_quarantine(store: Store, ledger: Ledger, hours: float) -> list[Path]:
     return [f for f in sorted(store.quarantine.glob("*.jsonl")) if f.stem not in keep]
 
 
-def _remove(store: Store, path: Path, dry_run: bool, removed: Removed) -> None:
+def _remove(store: Store, path: Path, dry_run: bool, removed: _Removed) -> None:
     files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
     removed.files += sorted(str(f.relative_to(store.root)) for f in files)
     removed.bytes += sum(f.stat().st_size for f in files)

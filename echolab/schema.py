@@ -364,7 +364,7 @@ def markdown() -> str:
     out = [
         "# Tables",
         "",
-        "Generated from `echolab/schema.py` by `echolab store schema --format md`. Each is a Delta table in the store's folder.",
+        "Generated from `echolab/schema.py` by `echolab store schema --format md`. Each is a Delta table in the store.",
         "The views of the same names add columns: see [views.md](views.md).",
     ]
     for table in TABLES.values():

@@ -6,9 +6,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,7 +19,6 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
@@ -27,15 +27,13 @@ from filelock import FileLock, Timeout
 
 from echolab import ids
 from echolab.errors import EcholabError
+from echolab.files import conform, finish_file, pc, row_groups, sort_rows, statistics
 from echolab.ledger import Ledger
 from echolab.schema import FORMAT_VERSION, TABLES, Table
 
 MARKER = "echolab.json"  # names the folder a store, and its format
 LOCK_SECONDS = 600
 SNAPSHOT_TRIES = 20
-ROW_GROUP_BYTES = 192 << 20  # uncompressed, as Arrow holds it
-ROW_GROUP_ROWS = (2_048, 1 << 20)
-DICTIONARY_BYTES = 32 << 20  # prompts and group ids repeat: keep their dictionary for a whole row group
 
 # Expired log entries are kept: a version that something pins must stay readable for as long as its files do.
 _CONFIGURATION = {"delta.enableExpiredLogCleanup": "false"}
@@ -105,7 +103,7 @@ class Store:
     @classmethod
     def create(cls, path: str | Path) -> Store:
         """A new empty store, or the one that is there already."""
-        root = Path(path).expanduser().absolute()
+        root = _root(path)
         if (root / MARKER).exists():
             return cls.open(root)
         if root.exists() and (not root.is_dir() or any(not p.name.startswith(MARKER) for p in root.iterdir())):
@@ -117,7 +115,7 @@ class Store:
 
     @classmethod
     def open(cls, path: str | Path) -> Store:
-        root = Path(path).expanduser().absolute()
+        root = _root(path)
         store = cls(root)
         if not (root / MARKER).exists():
             raise EcholabError(f"{root} is not an echolab store: make one with `echolab store init --store {path}`")
@@ -337,6 +335,13 @@ class Store:
             raise EcholabError(f"table {table} has columns of a newer echolab ({', '.join(unknown)}): update echolab")
 
 
+def _root(path: str | Path) -> Path:
+    root = Path(path).expanduser().absolute()
+    if re.search("%[0-9A-Fa-f]{2}", str(root)):  # deltalake 1.6 decodes such a path twice, and looks elsewhere
+        raise EcholabError(f"{root}: a store's path cannot hold % and two hex digits, choose another folder")
+    return root
+
+
 def now() -> datetime:
     return datetime.now(UTC)
 
@@ -346,113 +351,10 @@ def partition_folder(column: str, value: str | None) -> str:
     return f"{column}={quote(value or '', safe='')}"
 
 
-def write_parquet(path: Path, spec: Table, rows: Iterable[pa.Table]) -> None:
-    """The one Parquet writer. Lists of numbers are byte-stream-split, what repeats keeps its dictionary."""
-    split = [_leaf(c.name) for c in spec.columns if pa.types.is_list(c.type) and c.type.value_type in _SPLIT]
-    split += [c.name for c in spec.columns if pa.types.is_floating(c.type)]
-    dictionary = [c.name for c in spec.columns if c.name in _REPEATS]
-    if spec.name == "rollouts":
-        dictionary.append("origin.file")
-    writer = pq.ParquetWriter(
-        path,
-        spec.arrow,
-        compression="zstd",
-        compression_level=1,
-        use_dictionary=dictionary,
-        use_byte_stream_split=split,
-        dictionary_pagesize_limit=DICTIONARY_BYTES,
-        store_schema=False,
-    )
-    with writer:
-        for table in rows:
-            writer.write_table(table, row_group_size=max(table.num_rows, 1))
-            del table  # before the next one is made: one row group at a time
-
-
-_SPLIT = (pa.int32(), pa.float32())
-_REPEATS = frozenset((
-    "ingest_id", "run", "split", "role", "model", "source", "group_id", "group_source", "prompt_id",
-    "problem_id", "prompt", "messages", "prompt_format", "tokenizer", "finish_reason", "ground_truth",
-    "policy_version", "sampling", "step", "verifier", "status", "scorer", "segmenter", "clipset",
-    "group_kind", "selector", "profile", "axis", "slice", "statistic",
-))  # fmt: skip
-
-
-def _leaf(column: str) -> str:
-    return f"{column}.list.element"
-
-
-def sort_rows(spec: Table, rows: pa.Table) -> pa.Table:
-    if not spec.sort:
-        return rows
-    order = pc.sort_indices(rows, sort_keys=[(c, "ascending", "at_end") for c in spec.sort])
-    return rows.take(order)
-
-
-def row_groups(rows: pa.Table) -> Iterator[pa.Table]:
-    """Slices that keep a row group within its bytes, and above its fewest rows where that fits."""
-    if not rows.num_rows:
-        return
-    fewest, most = ROW_GROUP_ROWS
-    step = max(1, int(rows.num_rows * ROW_GROUP_BYTES / max(rows.nbytes, 1)))
-    step = min(max(step, fewest if rows.nbytes / rows.num_rows * fewest < 4 * ROW_GROUP_BYTES else 1), most)
-    for start in range(0, rows.num_rows, step):
-        piece = rows.slice(start, step)
-        if piece.num_rows > 1 and piece.nbytes > 4 * ROW_GROUP_BYTES:  # long rows that stand together
-            half = piece.num_rows // 2
-            yield from row_groups(piece.slice(0, half))
-            yield from row_groups(piece.slice(half))
-        else:
-            yield piece
-
-
 def _stage(spec: Table, rows: pa.Table, partition: str | None, folder: Path) -> Staged:
     path = folder / f"{ids.random_id()}.parquet"
     finish_file(path, spec, row_groups(sort_rows(spec, rows)))
     return Staged(spec.name, path, rows.num_rows, partition, statistics(spec, rows))
-
-
-def finish_file(path: Path, spec: Table, rows: Iterable[pa.Table]) -> None:
-    """Write a file so that it is either whole under its name or not there."""
-    unfinished = path.with_suffix(".tmp")
-    try:
-        write_parquet(unfinished, spec, rows)
-        with unfinished.open("rb") as f:
-            os.fsync(f.fileno())
-        unfinished.rename(path)
-    except OSError as e:
-        unfinished.unlink(missing_ok=True)
-        raise EcholabError(f"cannot write to the store: {e.strerror or e}") from None
-
-
-def statistics(spec: Table, rows: pa.Table) -> dict[str, Any]:
-    """Delta statistics of the scalar columns. NaN is left out of minimum and maximum; infinity is kept here, as
-    files are merged, but JSON has no word for it: the log then holds no bound."""
-    low: dict[str, Any] = {}
-    high: dict[str, Any] = {}
-    nulls: dict[str, int] = {}
-    for c in spec.columns:
-        if pa.types.is_nested(c.type) or c.name == spec.partition or c.name in _LONG_TEXTS:
-            continue
-        values = rows[c.name]
-        nulls[c.name] = values.null_count
-        if pa.types.is_floating(c.type):
-            values = values.filter(pc.invert(pc.is_nan(values)))
-        if pa.types.is_boolean(c.type) or len(values) == values.null_count:
-            continue
-        ends = pc.min_max(values).as_py()
-        low[c.name], high[c.name] = (_stat(ends[k]) for k in ("min", "max"))
-    return {"numRecords": rows.num_rows, "minValues": low, "maxValues": high, "nullCount": nulls}
-
-
-def merge_statistics(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Statistics of several tables together."""
-    merged: dict[str, Any] = {"numRecords": sum(p["numRecords"] for p in parts)}
-    for name, best in (("minValues", min), ("maxValues", max)):
-        columns = {c: None for p in parts for c in p[name]}
-        merged[name] = {c: best(p[name][c] for p in parts if c in p[name]) for c in columns}
-    merged["nullCount"] = {c: sum(p["nullCount"][c] for p in parts) for c in (parts[0]["nullCount"] if parts else ())}
-    return merged
 
 
 def _log_statistics(stats: dict[str, Any]) -> str:
@@ -460,17 +362,6 @@ def _log_statistics(stats: dict[str, Any]) -> str:
         return {c: v for c, v in values.items() if not (isinstance(v, float) and math.isinf(v))}
 
     return json.dumps({**stats, "minValues": finite(stats["minValues"]), "maxValues": finite(stats["maxValues"])})
-
-
-# Columns whose smallest value is a page of prose.
-_LONG_TEXTS = frozenset((
-    "prompt", "messages", "completion", "ground_truth", "extra", "sampling", "options", "config", "parents",
-    "extracted", "clip", "text",
-))  # fmt: skip
-
-
-def _stat(value: Any) -> Any:
-    return value.strftime("%Y-%m-%dT%H:%M:%S.%fZ") if isinstance(value, datetime) else value
 
 
 def _add(folder: Path, spec: Table, staged: Staged, data_change: bool) -> AddAction:
@@ -509,12 +400,6 @@ def _data_files(folder: Path, dt: DeltaTable) -> list[DataFile]:
             )
         )
     return sorted(files, key=lambda f: f.name)
-
-
-def conform(rows: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The columns of the schema in its order, absent ones as NULL."""
-    columns = [rows[f.name].cast(f.type) if f.name in rows.column_names else pa.nulls(rows.num_rows, f.type) for f in schema]
-    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def _write_synced(path: Path, data: bytes) -> None:

@@ -27,6 +27,7 @@ from pipelines.options import (
     StoreOption,
     VerifierOption,
     VersionOption,
+    argument,
     number,
     open_lab,
     option,
@@ -53,10 +54,7 @@ app.add_typer(store_app, name="store")
 def main() -> None:
     """Run the command. Errors are one line; nobody sees a traceback."""
     try:
-        app(standalone_mode=False)
-        code = DONE
-    except typer.Exit as e:
-        code = e.exit_code
+        code = app(standalone_mode=False) or DONE
     except EcholabError as e:
         code = _fail(str(e), ERROR)
     except (KeyboardInterrupt, typer.Abort):
@@ -85,7 +83,7 @@ def _fail(message: str, code: int) -> int:
 
 @app.command()
 def ingest(
-    paths: Annotated[list[Path], typer.Argument(help="Dump files, or folders of them.", show_default=False)],
+    paths: Annotated[list[Path], argument("Dump files, or folders of them.")],
     run: Annotated[str, option("The run that the rollouts belong to.")],
     store: StoreOption = None,
     format: Annotated[str, typer.Option(help="The dump format; auto looks at the files.")] = "auto",
@@ -171,7 +169,7 @@ def _print_many(files: list[Any]) -> None:
 
 @app.command()
 def query(
-    name: Annotated[str | None, typer.Argument(help="Name of the query.", show_default=False)] = None,
+    name: Annotated[str | None, argument("Name of the query.")] = None,
     param: Annotated[list[str] | None, option("A parameter of the query.", "--param", "-p", metavar="NAME=VALUE")] = None,
     list_: Annotated[bool, typer.Option("--list", help="Show the queries and their parameters.")] = False,
     store: StoreOption = None,
@@ -218,7 +216,7 @@ def _list_queries(json_: bool) -> None:
 
 @app.command()
 def sql(
-    text: Annotated[str | None, typer.Argument(metavar="QUERY", help="One SELECT. Without it: a prompt, or stdin.", show_default=False)] = None,
+    text: Annotated[str | None, argument("One SELECT; without it a prompt, or stdin.", "QUERY")] = None,
     store: StoreOption = None,
     format: FormatOption = "table",
     out: OutOption = None,

@@ -25,6 +25,10 @@ def option(help: str, *names: str, metavar: str | None = None, envvar: str | Non
     return typer.Option(*names, help=help, metavar=metavar, envvar=envvar, show_default=False)
 
 
+def argument(help: str, metavar: str | None = None) -> Any:
+    return typer.Argument(metavar=metavar, help=help, show_default=False)
+
+
 StoreOption = Annotated[Path | None, option("The store's folder.", "--store", "-s", envvar="ECHOLAB_STORE")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, all else on stderr.")]
 VerifierOption = Annotated[str | None, option("Take rewards and success from this verifier.")]

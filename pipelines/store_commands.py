@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -72,7 +73,7 @@ def store_validate(store: StoreOption = None, json_: JsonOption = False) -> None
 
     echolab store validate --store store
     """
-    from echolab.validate import validate
+    from echolab.validation import validate
 
     problems = validate(open_lab(store).snapshot)
     if json_:
@@ -93,10 +94,10 @@ def store_compact(
 
     echolab store compact --store store
     """
-    from echolab.maintenance import compact
+    from echolab.compaction import compact
     from pipelines.render import facts
 
-    document = compact(open_lab(store).store, full=full)
+    document = asdict(compact(open_lab(store).store, full=full))
     print_json(document) if json_ else print(facts(document), end="")
 
 
@@ -115,7 +116,7 @@ def store_vacuum(
     from echolab.maintenance import vacuum
     from pipelines.render import facts
 
-    document = vacuum(open_lab(store).store, keep_days=keep_days, dry_run=dry_run, unpin=unpin or ())
+    document = asdict(vacuum(open_lab(store).store, keep_days=keep_days, dry_run=dry_run, unpin=unpin or ()))
     print_json(document) if json_ else print(facts(document), end="")
 
 

@@ -158,18 +158,15 @@ def parse_json(data: bytes) -> Any:
 # Far below the recursion limits of every JSON library on the way, far above what any trainer writes.
 MAX_DEPTH = 200
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_BRACKETS = re.compile(rb'"(?:[^"\\]+|\\.)*+"?+|[{}\[\]]', re.DOTALL)
+_NO_BRACKETS = bytes(b for b in range(256) if b not in b"{}[]")
 
 
 def _depth(data: bytes) -> int:
+    outside_strings = data.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
     depth = deepest = 0
-    for token in _BRACKETS.finditer(data):
-        start = data[token.start()]
-        if start in b"{[":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif start in b"}]":
-            depth -= 1
+    for bracket in b"".join(outside_strings).translate(None, _NO_BRACKETS):
+        depth += 1 if bracket in b"{[" else -1
+        deepest = max(deepest, depth)
     return deepest
 
 

@@ -18,7 +18,6 @@ REST_BYTES = 16 << 20  # how much of a broken document's unreadable rest is kept
 _SPACE = re.compile(rb"[ \t\r\n]*+")
 _SCALAR = re.compile(rb'[^ \t\r\n,:"\[\]{}]*+')
 _TO_BRACKET = re.compile(rb'[^"\[\]{}]*+')
-_STRING = re.compile(rb'(?:[^"\\]+|\\.)*+', re.DOTALL)
 
 At = tuple[str | int, ...]
 
@@ -90,16 +89,20 @@ class _Cursor:
             self.more()
 
     def string(self) -> None:
-        """Past the closing quote. A backslash at the end of the window waits for what it escapes."""
+        """Past the closing quote: the first one with an even number of backslashes before it."""
         self.pos += 1
         while True:
-            match = _STRING.match(self.buf, self.pos)
-            self.pos = match.end() if match else self.pos
-            del match
-            if self.buf[self.pos : self.pos + 1] == b'"':
-                self.pos += 1
+            quote = self.buf.find(b'"', self.pos)
+            if quote < 0:
+                self.pos = len(self.buf)
+                self.more()
+                continue
+            self.pos = quote + 1
+            before = quote - 1
+            while self.buf[before] == ord("\\"):
+                before -= 1
+            if (quote - before) % 2:
                 return
-            self.more()
 
     def value(self) -> bytes:
         """The raw bytes of the value that comes next; each byte is looked at once, however long it is."""

@@ -136,6 +136,14 @@ def test_a_document_that_is_no_json_says_where_and_keeps_the_rest(tmp_path, cont
     assert broken[0].raw
 
 
+def test_a_backslash_before_a_line_break_spoils_its_element_only(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b'["a\\\nb", 1]')
+    pieces, broken = split(path, (ALL,), 1)
+    assert [p.raw for p in pieces] == [b'"a\\\nb"', b"1"]
+    assert not broken
+
+
 def test_deep_nesting_is_walked_without_recursion(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b'["x", ' + b"[" * 100_000 + b"]" * 100_000 + b', "y"]')

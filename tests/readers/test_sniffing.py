@@ -7,7 +7,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from echolab.errors import EcholabError
@@ -111,6 +111,7 @@ def test_what_no_reader_knows_is_claimed_by_none(tmp_path, content, suffix):
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=80) | st.text('{}[]":,abc01 \n', max_size=80).map(str.encode))
 def test_sniffing_random_bytes_never_raises(scratch, content):
+    assume(not content.startswith(b"PAR1"))  # that is Parquet, and damaged
     for suffix in (".json", ".jsonl"):
         path = scratch / f"s{suffix}"
         path.write_bytes(content)

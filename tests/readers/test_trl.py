@@ -62,6 +62,12 @@ def test_advantages_of_another_scale_only_agree(tmp_path, read, dumps):
     assert "add up to 0" in result.source.notes[0]
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_of_several_sizes_that_fit_the_largest_is_taken(tmp_path, read, dumps, scale):
+    table = dumps.trl_table([("a", [0.0, 1.0, 0.0, 1.0])], advantages=lambda rs: [scale * (r - 0.5) for r in rs])
+    assert read(trl, dumps.trl(tmp_path / "c.parquet", table)).source.found["group_size"] == 4
+
+
 def test_advantages_that_contradict_are_said_and_the_prompts_decide(tmp_path, read, dumps):
     table = dumps.trl_table([("a", [0.0, 1.0]), ("b", [2.0, 0.2])], advantages=lambda rs: [5.0 for _ in rs])
     result = read(trl, dumps.trl(tmp_path / "c.parquet", table))

@@ -33,7 +33,7 @@ ROW_CHECKS: dict[str, list[tuple[str, str]]] = {
         ("len(entropies) <> len(token_ids)", "entropies and token_ids differ in length"),
         ("len(logprobs) <> len(token_ids)", "logprobs and token_ids differ in length"),
         ("len(loss_mask) <> len(token_ids)", "loss_mask and token_ids differ in length"),
-        ("n_tokens NOT BETWEEN len(token_ids) - 1 AND len(token_ids)", "n_tokens is not the number of tokens (without a final EOS)"),
+        ("n_tokens NOT BETWEEN len(token_ids) - 1 AND len(token_ids)", "n_tokens is not the number of tokens"),
     ],
     "segmentations": [
         ("len(segment_ends) <> n_segments", "n_segments is not the length of segment_ends"),

@@ -1,0 +1,82 @@
+"""Stores for tests, made the way ingest makes them: staged files, one commit, the ledger row last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from echolab import ids
+from echolab.schema import TABLES
+from echolab.store import Store, now
+
+Rows = Iterable[dict[str, Any]]
+
+
+def full_row(row: dict[str, Any], number: int, ingest_id: str) -> dict[str, Any]:
+    """A rollout with what it must have. `group` and `problem` are short names, turned into ids."""
+    row = {"run": "r", "split": "train", "step": 1, "role": "policy", **row}
+    group, problem = row.pop("group", "g"), row.pop("problem", None)
+    defaults = {
+        "rollout_id": ids.random_id(),
+        "ingest_id": ingest_id,
+        "group_id": ids.group_id(row["run"], row["split"], row["step"], (group,)),
+        "group_source": "explicit",
+        "problem_id": None if problem is None else ids.problem_id(problem),
+        "prompt_id": None if problem is None else ids.prompt_id(problem),
+        "prompt": problem,
+        "prompt_format": "raw",
+        "origin": {"file": "rows.jsonl", "row": number},
+    }
+    return {**defaults, **row}
+
+
+def _add_reading(store: Store, rows: Rows, **ledger: Any) -> str:
+    ingest_id = ids.random_id()
+    full = [full_row(row, i, ingest_id) for i, row in enumerate(rows)]
+    steps = [r["step"] for r in full if r["step"] is not None]
+    entry = {
+        "ingest_id": ingest_id, "run": full[0]["run"] if full else "r", "source_path": f"{ingest_id}.jsonl", "attempt": 1,
+        "start_step": min(steps, default=None), "bytes_read": 1, "sha256": "0", "format": "generic", "reader_version": 1,
+        "options": "{}", "n_rows": len(full), "n_shared": 0, "n_quarantined": 0, "group_source": "explicit",
+        "completeness": "all", "supersedes": [], "created_at": now(), **ledger,
+    }  # fmt: skip
+    with store.job("test") as folder:
+        staged = store.stage("rollouts", pa.Table.from_pylist(full, schema=TABLES["rollouts"].arrow), folder) if full else []
+        with store.lock():
+            if staged:
+                store.commit("rollouts", staged)
+            store.add("ingests", pa.Table.from_pylist([entry], schema=TABLES["ingests"].arrow))
+    return ingest_id
+
+
+@pytest.fixture
+def add_reading() -> Callable[..., str]:
+    """`add_reading(store, rows, attempt=2, ...)` stores rollouts and their ledger row; returns the ingest_id."""
+    return _add_reading
+
+
+@pytest.fixture
+def add_rows() -> Callable[[Store, str, Rows], None]:
+    """`add_rows(store, "verdicts", rows)` commits rows of any table without a ledger."""
+
+    def add(store: Store, table: str, rows: Rows) -> None:
+        with store.lock():
+            store.add(table, pa.Table.from_pylist(list(rows), schema=TABLES[table].arrow))
+
+    return add
+
+
+@pytest.fixture
+def make_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Store]:
+    """`make_store(rows)`: a new store with one reading of these rows (none where there are no rows)."""
+
+    def make(rows: Rows = (), **ledger: Any) -> Store:
+        store = Store.create(tmp_path_factory.mktemp("store") / "s")
+        if rows := list(rows):
+            _add_reading(store, rows, **ledger)
+        return store
+
+    return make
