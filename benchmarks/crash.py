@@ -36,7 +36,7 @@ def main() -> None:
     shutil.rmtree(o.folder, ignore_errors=True)
     dumps, rng = o.folder / "dumps", random.Random(0)
     write_dumps(dumps)
-    usual = ingest(o.folder / "unharmed", dumps)
+    usual = ingest(o.folder / "unharmed", dumps) or 0.0
     lines, store = [], o.folder / "store"
     for kill in range(1, o.kills + 1):
         if kill % 5 == 1:  # a new store now and then, so that all phases are hit

@@ -15,7 +15,7 @@ from echolab import ids, scan
 from echolab.errors import EcholabError
 from echolab.files import ROW_GROUP_BYTES, ROW_GROUP_ROWS, conform, finish_file, merge_statistics, pc, statistics
 from echolab.schema import TABLES, Table
-from echolab.store import DataFile, Staged, Store
+from echolab.store import DataFile, Snapshot, Staged, Store
 
 TARGET_BYTES = 256 << 20  # on disk; a file ends with the row group that reaches it
 SMALL_BYTES = TARGET_BYTES // 2
@@ -69,21 +69,21 @@ def auto(store: Store, table: str) -> dict[str, Any] | None:
 
 def _compact(store: Store, tables: Sequence[str], full: bool) -> dict[str, Any]:
     done = _Done()
-    for name in tables:
-        with store.job("compact") as folder, scan.scratch(folder, KEY_MEMORY) as con:
-            for merge in _plan(store, con, TABLES[name], full):
+    with store.lock():  # no reading is half committed now: what the ledger lacks, it lacks for good
+        snapshot = store.snapshot()
+        live = [(r.ingest_id,) for r in snapshot.ledger.live]
+    with store.job("compact") as folder, scan.scratch(folder, KEY_MEMORY) as con:
+        con.execute("CREATE TABLE live (ingest_id VARCHAR)")
+        if live:
+            con.executemany("INSERT INTO live VALUES (?)", live)
+        for name in tables:
+            for merge in _plan(snapshot, con, TABLES[name], full):
                 _run(store, con, merge, folder, done)
     return asdict(done)
 
 
-def _plan(store: Store, con: duckdb.DuckDBPyConnection, spec: Table, full: bool) -> list[_Merge]:
-    """Which files to merge. Under the lock no reading is half committed: what the ledger lacks then, it lacks for good."""
-    with store.lock():
-        snapshot = store.snapshot()
-        live = [(r.ingest_id,) for r in snapshot.ledger.live]
-    con.execute("CREATE OR REPLACE TABLE live (ingest_id VARCHAR)")
-    if live:
-        con.executemany("INSERT INTO live VALUES (?)", live)
+def _plan(snapshot: Snapshot, con: duckdb.DuckDBPyConnection, spec: Table, full: bool) -> list[_Merge]:
+    """Which files to merge."""
     merges = []
     for partition, files in _by_partition(spec, snapshot.files(spec.name)).items():
         dead = _files_with_dead_rows(con, spec, files)

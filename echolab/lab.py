@@ -69,7 +69,7 @@ class Lab:
 
     def validate(self) -> list[str]:
         """Every way in which the store is not sound, one line each; empty when it is."""
-        from echolab.validation import validate
+        from echolab.validate import validate
 
         return validate(self.snapshot)
 

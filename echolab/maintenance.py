@@ -201,8 +201,8 @@ def _vacuum_table(
     def run(dry: bool) -> list[str]:
         return delta.vacuum(int(hours), dry_run=dry, enforce_retention_duration=False, full=True, keep_versions=keep)
 
-    files = [store.folder(name) / f for f in run(True)]
-    removed.bytes += sum(f.stat().st_size for f in files if f.exists())
+    files = [f for f in (store.folder(name) / f for f in run(True)) if f.exists()]  # it also names those long gone
+    removed.bytes += sum(f.stat().st_size for f in files)
     removed.files += sorted(str(f.relative_to(store.root)) for f in files)
     if files and not dry_run:  # it writes two commits, also where there is nothing to delete
         run(False)

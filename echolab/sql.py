@@ -111,16 +111,19 @@ class Session:
                 yield batch
 
     def _wait(self, work: Callable[[], T]) -> T:
-        """Work in a thread: DuckDB by itself may not look for Ctrl-C before the query ends."""
+        """Work in a thread, and look for Ctrl-C meanwhile: DuckDB may look only when the query has ended, and after
+        Polars is imported a signal no longer ends a wait."""
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(work)
             try:
-                return future.result()
+                while not future.done():
+                    wait([future], 0.1)
             except KeyboardInterrupt:
                 while not future.done():  # again, should the query only now begin
                     self._con.interrupt()
                     wait([future], 0.05)
                 raise
+            return future.result()
 
     @contextmanager
     def _guard(self) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,9 +58,6 @@ def main() -> None:
         code = _fail(str(e), ERROR)
     except (KeyboardInterrupt, typer.Abort):
         code = _fail("interrupted", INTERRUPTED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = DONE
     except OSError as e:
         code = _fail(f"{e.filename}: {e.strerror}" if e.filename else str(e), ERROR)
     except Exception as e:
@@ -128,7 +124,7 @@ def ingest(
         print_json({"run": run, "rows": report.rows, "quarantined": report.quarantined, "quarantine": report.quarantine,
                      "files": [f.__dict__ for f in report.files]})  # fmt: skip
     else:
-        _print_ingest(report, target.root)
+        _print_ingest(report, store_path(store))
     if report.quarantined or failed:
         raise typer.Exit(PARTLY)
 
@@ -204,14 +200,14 @@ def _list_queries(json_: bool) -> None:
 
     queries = list_queries()
     if json_:
-        print_json([{"name": q.name, "title": q.title, "answers": q.answers, "example": q.example,
+        print_json([{"name": q.name, "title": q.title, "answers": q.answers, "examples": list(q.examples),
                       "params": [p.__dict__ for p in q.params]} for q in queries])  # fmt: skip
         return
     for q in queries:
         print(f"{q.name}: {q.title}\n    {q.answers}")
         for p in q.params:
             print(f"    --param {p.name}={p.type}  {p.doc} (default {p.default})")
-        print(f"    {q.example}\n")
+        print("".join(f"    {e}\n" for e in q.examples))
 
 
 @app.command()

@@ -23,10 +23,10 @@ HOPELESS, FORGOTTEN = (46, 47), 5
 Say = Callable[[str], Any]
 
 QUESTIONS = (
-    ("Which groups teach nothing, since when?", "degenerate_by_step", {"run": "demo"}),
-    ("What did they cost?", "wasted_tokens", {"run": "demo"}),
-    ("Which problems are the reason?", "degenerate_prompts", {"run": "demo"}),
-    ("Which of the hopeless ones could an expert teach?", "all_fail_with_expert", {"run": "demo"}),
+    ("Which groups teach nothing, since when?", "degenerate_by_step"),
+    ("What did they cost?", "wasted_tokens"),
+    ("Which problems are the reason?", "degenerate_prompts"),
+    ("Which of the hopeless ones could an expert teach?", "all_fail_with_expert"),
 )
 
 
@@ -44,8 +44,8 @@ def demo(folder: Path, fresh: bool, say: Say = print) -> dict[str, Any]:
         expert = lab.ingest(dumps / "expert", run="expert", role="expert")
         say(f"echolab ingest: {policy.rows + expert.rows:,} rollouts new in {store}")
         answers = {}
-        for question, name, params in QUESTIONS:
-            frame = lab.query(name, **params)
+        for question, name in QUESTIONS:
+            frame = lab.query(name, run="demo")
             answers[name] = frame.to_dicts()
             sampled = frame.gather_every(max(1, frame.height // 12)) if "step" in frame.columns else frame
             some = f", every {max(1, frame.height // 12)}th step" if "step" in frame.columns else ""

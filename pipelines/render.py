@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 import sys
 from datetime import date, datetime
 from decimal import Decimal
@@ -32,7 +33,11 @@ def write(frame: pl.DataFrame, format: str, out: Path | None, rows: int = SHOWN_
         frame.write_parquet(out)
         return
     if out is None:
-        _text(frame, format, rows, sys.stdout)
+        try:
+            _text(frame, format, rows, sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     else:
         with out.open("w", encoding="utf-8", newline="") as f:
             _text(frame, format, rows, f)

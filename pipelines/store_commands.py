@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -73,7 +72,7 @@ def store_validate(store: StoreOption = None, json_: JsonOption = False) -> None
 
     echolab store validate --store store
     """
-    from echolab.validation import validate
+    from echolab.validate import validate
 
     problems = validate(open_lab(store).snapshot)
     if json_:
@@ -97,7 +96,7 @@ def store_compact(
     from echolab.compaction import compact
     from pipelines.render import facts
 
-    document = asdict(compact(open_lab(store).store, full=full))
+    document = compact(open_lab(store).store, full=full)
     print_json(document) if json_ else print(facts(document), end="")
 
 
@@ -116,7 +115,7 @@ def store_vacuum(
     from echolab.maintenance import vacuum
     from pipelines.render import facts
 
-    document = asdict(vacuum(open_lab(store).store, keep_days=keep_days, dry_run=dry_run, unpin=unpin or ()))
+    document = vacuum(open_lab(store).store, keep_days=keep_days, dry_run=dry_run, unpin=unpin or ())
     print_json(document) if json_ else print(facts(document), end="")
 
 

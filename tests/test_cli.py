@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -191,11 +193,16 @@ def test_every_format_carries_the_same_answer(format, store, tmp_path):
     assert shares == [0.25, 0.5, 0.75]
 
 
-def test_query_list_names_every_query_with_an_example_that_runs(store):
+def test_query_list_names_every_query_with_examples_that_run(store):
     queries = json.loads(echolab("query", "--list", "--json").stdout)
     assert len(queries) >= 13
-    assert all(q["title"] and q["answers"] and q["example"].startswith(f"echolab query {q['name']}") for q in queries)
-    assert "degenerate_by_step" in echolab("query", "--list").stdout
+    text = echolab("query", "--list").stdout
+    for q in queries:
+        assert q["title"] and q["answers"] and q["title"] in text
+        for example in q["examples"]:
+            arguments = shlex.split(re.sub(r"=(my-run|baseline|echo)\b", "=r", example))[1:]
+            result = echolab(*arguments, store=store)
+            assert result.returncode == 0, f"{example}: {result.stderr}"
 
 
 def test_earlier_versions_answer_as_they_did(tmp_path):

@@ -27,7 +27,7 @@ from echolab.store import Store
 
 SOUND: Store
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
-OLD = {"floor_hours": 0.0, "keep_days": 0.0}
+OLD: dict[str, Any] = {"floor_hours": 0.0, "keep_days": 0.0}
 
 # Stores made by hand.
 
@@ -709,13 +709,14 @@ def test_unpinning_a_name_releases_all_its_versions_and_name_at_version_one(tmp_
 
 def test_vacuum_removes_job_folders_of_the_dead_and_leaves_the_living_the_young_and_the_plans(tmp_path):
     store = build(tmp_path)
+    long_ago = (time.time() - 9e4, time.time() - 9e4)
     for name in ("ingest-dead", "add-dead", "compact-dead", "ingest-young", "score-plan"):
         store.job_folder(name).mkdir(parents=True)
         (store.job_folder(name) / "staged.tmp").write_text("half")
         if name != "ingest-young":
-            os.utime(store.job_folder(name), (time.time() - 9e4,) * 2)
+            os.utime(store.job_folder(name), long_ago)
     with store.job("ingest") as alive:
-        os.utime(alive, (time.time() - 9e4,) * 2)
+        os.utime(alive, long_ago)
         removed = vacuum(store, keep_days=1)
         assert alive.exists()
     left = {f.name for f in store.job_folder("").iterdir()}
@@ -830,8 +831,8 @@ def test_the_rows_that_compaction_writes_read_alike_in_duckdb(tmp_path):
 
     def read() -> list:
         files = [str(f.path) for f in store.snapshot().files("rollouts")]
-        return duckdb.sql(f"SELECT * FROM read_parquet({files}) ORDER BY rollout_id").fetchall()
+        return duckdb.connect().execute(f"SELECT * FROM read_parquet({files}) ORDER BY rollout_id").fetchall()
 
     before = read()
     compact(store, "rollouts", full=True)
-    assert read() == before[:]
+    assert read() == before

@@ -28,11 +28,11 @@ def test_the_ddl_makes_a_table_of_these_types(table):
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=list(TABLES))
 def test_duckdb_reads_back_the_types_that_arrow_writes(table):
-    empty = table.arrow.empty_table()  # noqa: F841 - DuckDB finds it by its name
-    types = [row[1] for row in duckdb.sql("DESCRIBE SELECT * FROM empty").fetchall()]
-    declared = duckdb.connect()
-    declared.execute(schema.ddl(table))
-    assert types == [row[1] for row in declared.sql(f"DESCRIBE {table.name}").fetchall()]
+    con = duckdb.connect()
+    con.register("empty", table.arrow.empty_table())
+    con.execute(schema.ddl(table))
+    types = [[row[1] for row in con.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()] for source in ("empty", table.name)]
+    assert types[0] == types[1]
 
 
 def test_every_column_is_documented_and_every_key_exists():

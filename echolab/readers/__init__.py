@@ -18,7 +18,7 @@ __all__ = ["READERS", "Bad", "Head", "ReadOptions", "Reader", "Row", "Source", "
 def choose(path: Path, format: str = "auto", mapped: bool = False) -> tuple[Reader, str] | None:
     """The reader of a file and how it was known, or None where no reader knows the file."""
     if format != "auto":
-        reader = next((r for r in READERS if r.NAME == format), None)
+        reader = next((r for r in READERS if format == r.NAME), None)
         if reader is None:
             raise EcholabError(f"unknown format {format!r}: use auto, {', '.join(r.NAME for r in READERS)}")
         return reader, "as told by --format"

@@ -14,7 +14,7 @@ SELECT
   failure_reward(r.run) AS failure_reward,
   r.completeness
 FROM base.rollouts r
-LEFT JOIN (  -- `groups` without step among its keys: so DuckDB sees that the join adds no row, and drops it where kind is not asked for
+LEFT JOIN (  -- `groups`, but grouped by what it is joined on: so DuckDB sees that the join adds no row, and can drop it
   SELECT run, split, group_id, role, group_kind(run, count(score), count(*) FILTER (WHERE success), min(score), max(score)) AS kind
   FROM base.samples
   GROUP BY run, split, group_id, role

@@ -14,10 +14,11 @@ FROM (
     unnest(range(len(token_ids))) AS position,
     unnest(token_ids) AS token_id,
     unnest(entropies) AS entropy,
-    unnest(logprobs) AS logprob
+    unnest(logprobs) AS logprob,
+    chosen_tokenizer() AS tokenizer
   FROM base.scores
   WHERE scorer = chosen_scorer()
 ) t
-LEFT JOIN (  -- grouped, so that a query without the text does without the join
-  SELECT token_id, any_value(text) AS text FROM base.vocab WHERE tokenizer = chosen_tokenizer() GROUP BY token_id
-) v ON v.token_id = t.token_id
+LEFT JOIN (  -- grouped by what it is joined on: so DuckDB sees that the join adds no row, and can drop it
+  SELECT tokenizer, token_id, any_value(text) AS text FROM base.vocab GROUP BY tokenizer, token_id
+) v ON v.tokenizer = t.tokenizer AND v.token_id = t.token_id
