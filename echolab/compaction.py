@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from echolab import ids, scan
-from echolab.errors import EcholabError
+from echolab.errors import Busy, EcholabError
 from echolab.files import ROW_GROUP_BYTES, ROW_GROUP_ROWS, conform, finish_file, merge_statistics, pc, statistics
 from echolab.schema import TABLES, Table
 from echolab.store import DataFile, Snapshot, Staged, Store
@@ -63,7 +63,7 @@ def auto(store: Store, table: str) -> dict[str, Any] | None:
     try:
         with store.lock(seconds=0, name="compact"):
             return _compact(store, [table], full=False)
-    except EcholabError:
+    except Busy:
         return None
 
 

@@ -5,5 +5,9 @@ class EcholabError(Exception):
     """A clear error. The command prints its message as one line and exits with 1."""
 
 
+class Busy(EcholabError):
+    """Another process holds the store's lock."""
+
+
 class Unreadable(EcholabError):
     """One file that cannot be read. Among many, the others are read all the same."""

@@ -162,21 +162,16 @@ def _as_bool(value: Any) -> bool:
     return value if isinstance(value, bool) else {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
 
 
-def _as_list(value: Any) -> list[Any]:
-    """`1,8`, a JSON array, or a sequence; of whole numbers where all are, else as given."""
+def _as_list(value: Any) -> list[int]:
+    """`1,8`, a JSON array, or a sequence."""
     if isinstance(value, str):
         value = json.loads(value) if value.startswith("[") else [v.strip() for v in value.split(",")]
-    elif not isinstance(value, (list, tuple)):
-        value = [value]
-    try:
-        return [_as_int(v) for v in value]
-    except (ValueError, TypeError):
-        return list(value)
+    return [_as_int(v) for v in (value if isinstance(value, list | tuple) else [value])]
 
 
 _PARSERS = {"text": _as_text, "int": _as_int, "float": _as_float, "bool": _as_bool, "list": _as_list}
 _KINDS = {
-    "text": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "list": "a list such as 1,8",
+    "text": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "list": "whole numbers such as 1,8",
 }  # fmt: skip
 
 

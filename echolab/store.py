@@ -26,7 +26,7 @@ from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Tra
 from filelock import FileLock, Timeout
 
 from echolab import ids
-from echolab.errors import EcholabError
+from echolab.errors import Busy, EcholabError
 from echolab.files import conform, finish_file, pc, row_groups, sort_rows, statistics
 from echolab.ledger import Ledger
 from echolab.schema import FORMAT_VERSION, TABLES, Table
@@ -225,7 +225,7 @@ class Store:
         try:
             lock.acquire(timeout=seconds)
         except Timeout:
-            raise EcholabError(f"{self.root} is being written by another process: waited {seconds:.0f} s") from None
+            raise Busy(f"{self.root} is being written by another process: waited {seconds:.0f} s") from None
         try:
             yield
         finally:

@@ -56,7 +56,7 @@ def expected_kind(rewards, failure, tol=1e-6, threshold=1.0):
     return "all_fail" if abs(min(known) - failure) <= tol else "constant"
 
 
-REWARD = st.sampled_from([0.0, 1.0, 0.5, -1.0, 1 + 5e-7, 1 - 5e-7, 0.999, 2.0, 5e-7, None, math.nan, math.inf])
+REWARD = st.sampled_from([0.0, 1.0, 0.5, -1.0, 1 + 5e-7, 1 - 5e-7, 0.999, 2.0, 5e-7, None, math.nan, math.inf, -math.inf])
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
