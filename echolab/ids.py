@@ -37,8 +37,10 @@ def _encode(field: Field | bytes) -> bytes:
 
 
 def _hash(kind: str, fields: Iterable[Field | bytes]) -> str:
-    data = b"".join([_encode(kind + SCHEME), *[_encode(f) for f in fields]])
-    return blake2b(data, digest_size=16).hexdigest()
+    digest = blake2b(_encode(kind + SCHEME), digest_size=16)
+    for field in fields:
+        digest.update(_encode(field))
+    return digest.hexdigest()
 
 
 def tokens(ids: Sequence[int]) -> bytes:

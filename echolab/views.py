@@ -148,7 +148,7 @@ class Base:
         return (
             "SELECT * EXCLUDE (place, shares) FROM base.seen WHERE NOT shares UNION ALL "
             "SELECT s.* EXCLUDE (place, shares) FROM base.seen s"
-            " JOIN base.first f ON f.rollout_id = s.rollout_id  WHERE s.shares"
+            " JOIN base.first f ON f.rollout_id = s.rollout_id AND f.place = s.place WHERE s.shares"
         )
 
     def judged(self) -> str:

@@ -188,15 +188,15 @@ def json_lines(source: Source) -> Iterator[tuple[int, bytes, dict[str, Any]] | B
             row = source.rows
             try:
                 value: Any = parse_json(text)
-                bad = None if isinstance(value, dict) else Bad(row, f"expected a JSON object, got {type(value).__name__}", line)
+                reason = None if isinstance(value, dict) else f"expected a JSON object, got {type(value).__name__}"
             except ValueError as e:
-                value, bad = None, Bad(row, str(e), line, tail=not line.endswith(b"\n"))
-            if bad and bad.tail:
-                yield bad
+                value, reason = None, str(e)
+            if reason and not line.endswith(b"\n"):
+                yield Bad(row, reason, line, tail=True)
                 return
             source.take(line)
             source.rows += 1
-            yield bad if bad else (row, line, value)
+            yield Bad(row, reason, line) if reason else (row, line, value)
 
 
 def hash_whole(source: Source) -> None:
