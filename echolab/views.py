@@ -14,7 +14,8 @@ import duckdb
 
 from echolab.errors import EcholabError
 from echolab.ledger import Ledger
-from echolab.schema import REGISTRIES, TABLES, Table, duckdb_type
+from echolab.scan import relation
+from echolab.schema import REGISTRIES, TABLES
 from echolab.store import DataFile, Snapshot
 
 # The views of sql/views, each after those that it reads.
@@ -52,7 +53,7 @@ class Base:
     def build(self) -> None:
         self.con.execute("CREATE SCHEMA base")
         for name, table in TABLES.items():
-            self.view("stored" if name == "rollouts" else name, _scan(self.con, table, self.files[name]))
+            self.view("stored" if name == "rollouts" else name, relation(self.con, table, [f.path for f in self.files[name]]))
         for name in TABLES.keys() - VIEWS:
             body = f"SELECT * FROM base.{name}"
             if any(name == r.name for r in REGISTRIES):
@@ -97,6 +98,7 @@ class Base:
         self.macro("degenerate(kind)", "kind IN ('all_success', 'all_fail', 'constant')")
         self.macro("judged(kind)", "kind IN ('all_success', 'all_fail', 'constant', 'mixed')")
         self.macro("upstream_note(c)", _UPSTREAM_NOTE)
+        self.macro("excerpt(prompt, chars)", _EXCERPT)
         self.make_choices()
 
     def make_choices(self) -> None:
@@ -230,6 +232,11 @@ CASE
     ELSE 'constant'
 END"""
 
+# What the user asked, on one line, without the template before it.
+_ASKED = r"(?s)^.*(?:(?:^|\n|\|>|of_turn>)user(?:<\|end_header_id\|>)?\s*\n|<｜User｜>|\[INST\])"
+_ANSWERED = r"(?s)(?:<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<｜Assistant｜>|\[/INST\]|\nassistant\s*$).*$"
+_BARE = f"regexp_replace(regexp_replace(prompt, '{_ASKED}', ''), '{_ANSWERED}', '')"
+_EXCERPT = rf"""left(trim(regexp_replace({_BARE}, '\s+', ' ', 'g')), chars)"""
 _UPSTREAM_NOTE = """
 CASE c WHEN 'filtered' THEN 'filtered upstream' WHEN 'effective' THEN 'filtered upstream: effective rollouts only' END"""
 
@@ -237,19 +244,6 @@ _SAMPLE = (
     "run", "split", "step", "group_id", "role", "source", "prompt_id", "problem_id", "score", "success",
     "n_completion_tokens", "n_chars", "finish_reason", "completeness",
 )  # fmt: skip
-
-
-def _scan(con: duckdb.DuckDBPyConnection, table: Table, files: Sequence[DataFile]) -> str:
-    """Exactly these files, typed by the schema. A column that no file has yet is NULL."""
-    if not files:
-        columns = (f'NULL::{duckdb_type(c.type)} AS "{c.name}"' for c in table.columns)
-        return f"SELECT {', '.join(columns)} WHERE false"
-    paths = ", ".join(text(str(f.path)) for f in files)
-    source = f"read_parquet([{paths}], union_by_name = true, hive_partitioning = false)"
-    there = {row[0] for row in con.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()}
-    values = {c.name: f'"{c.name}"' if c.name in there else "NULL" for c in table.columns}
-    columns = (f'{values[c.name]}::{duckdb_type(c.type)} AS "{c.name}"' for c in table.columns)
-    return f"SELECT {', '.join(columns)} FROM {source}"
 
 
 def _only_dead(file: DataFile, live: set[str]) -> bool:

@@ -72,13 +72,14 @@ def store_validate(store: StoreOption = None, json_: JsonOption = False) -> None
 
     echolab store validate --store store
     """
-    from echolab.validate import validate
+    from echolab.validate import leftovers, validate
 
-    problems = validate(open_lab(store).snapshot)
+    snapshot = open_lab(store).snapshot
+    problems, notes = validate(snapshot), leftovers(snapshot)
     if json_:
-        print_json({"sound": not problems, "problems": problems})
+        print_json({"sound": not problems, "problems": problems, "notes": notes})
     else:
-        print("\n".join(problems) or "sound")
+        print("\n".join([*(problems or ["sound"]), *notes]))
     if problems:
         raise typer.Exit(ERROR)
 

@@ -279,3 +279,21 @@ def test_a_wrong_element_of_a_list_is_one_line(store):
     with pytest.raises(EcholabError) as error:
         run(store, "pass_at_k", k="1,x")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "What is 1 + 1?",
+        "user\nWhat is 1 + 1?\nassistant\n",
+        "system\nYou help.\nuser\nWhat is  1 +\n1?\nassistant\n",
+        "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n",
+        "<|start_header_id|>user<|end_header_id|>\n\nWhat is 1 + 1?<|eot_id|><|start_header_id|>assistant<|end_header_id|>",
+        "<start_of_turn>user\nWhat is 1 + 1?<end_of_turn>\n<start_of_turn>model\n",
+        "<s>[INST] What is 1 + 1? [/INST]",
+        "<｜begin▁of▁sentence｜><｜User｜>What is 1 + 1?<｜Assistant｜>",
+    ],
+)
+def test_excerpts_show_what_the_user_asked_and_not_the_template(make_store, prompt):
+    store = make_store([{"prompt": prompt, "reward": 0.0, "group": "g", "problem": "p"} for _ in range(2)])
+    assert run(store, "degenerate_groups")["prompt"].to_list() == ["What is 1 + 1?"]

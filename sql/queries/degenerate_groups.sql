@@ -4,7 +4,7 @@
 -- param: run text = NULL | only this run
 -- param: split text = NULL | only this split (train, eval, ...)
 -- param: kind text = NULL | only this kind: all_success, all_fail or constant
--- param: excerpt int = 80 | characters of the prompt to show
+-- param: excerpt int = 60 | characters of the prompt to show
 -- example: echolab query degenerate_groups --param kind=all_fail
 WITH degenerate_groups AS (
   SELECT run, split, step, group_id, problem_id, kind, n, n_rewarded, mean AS reward, n_tokens, n_chars
@@ -13,7 +13,7 @@ WITH degenerate_groups AS (
     AND degenerate(kind) AND ($kind::VARCHAR IS NULL OR kind = $kind::VARCHAR)
 ),
 excerpts AS (
-  SELECT group_id, min(left(prompt, $excerpt::INTEGER)) AS prompt
+  SELECT group_id, min(excerpt(prompt, $excerpt::INTEGER)) AS prompt
   FROM base.rollouts
   WHERE role = 'policy' AND group_id IN (SELECT group_id FROM degenerate_groups)
   GROUP BY group_id

@@ -6,6 +6,7 @@
 -- param: split text = NULL | only this split (train, eval, ...)
 -- param: streak int = 3 | visits in a row that make a problem saturated
 -- param: status text = NULL | only saturated, never_solved or forgotten
+-- param: excerpt int = 60 | characters of the prompt to show
 -- example: echolab query degenerate_prompts --param streak=5
 WITH visits AS (
   SELECT
@@ -37,6 +38,9 @@ judged AS (
       WHEN last_solved < visits AND steps[last_solved] < steps[visits] THEN 'forgotten'
     END AS status
   FROM histories
+),
+excerpts AS (
+  SELECT problem_id, min(excerpt(prompt, $excerpt::INTEGER)) AS prompt FROM base.rollouts WHERE role = 'policy' GROUP BY problem_id
 )
 SELECT
   run, split, problem_id, status,
@@ -47,7 +51,8 @@ SELECT
   END AS since_step,
   CASE status WHEN 'saturated' THEN visits - last_open WHEN 'never_solved' THEN visits ELSE visits - last_solved END AS streak,
   steps[visits] AS last_step,
-  visits, n_rewarded, success_rate
+  visits, n_rewarded, success_rate, prompt
 FROM judged
+LEFT JOIN excerpts USING (problem_id)
 WHERE status IS NOT NULL AND ($status::VARCHAR IS NULL OR status = $status::VARCHAR)
 ORDER BY run, split, status, problem_id
