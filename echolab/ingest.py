@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from echolab.store import DataFile, Snapshot, Staged, Store, now
 CHUNK_ROWS, CHUNK_BYTES = 2_048, 16 << 20  # rows become Arrow in chunks, so that Python holds few of them
 STAGE_BYTES = 128 << 20  # a staged file; with its sorted copy and the next one being read, about half a gigabyte
 COMMIT_SECONDS = 30.0  # between commits, so that an interrupted reading of many files keeps what it has
+_TICK = timedelta(microseconds=1)  # between ledger rows, whose order decides whose rollouts show
 Progress = Callable[[str, int, int], None]  # file, bytes done, bytes in all
 
 
@@ -42,8 +44,19 @@ class Open:
     identify: Identify
     report: FileReport
     attempt: int
+    group_sources: set[str] = field(default_factory=set)
+    start_step: int | None = None
+    end_step: int | None = None
     tail: dict[str, Any] | None = None
     bad: list[Bad] = field(default_factory=list)
+
+    def stored(self, fields: dict[str, Any]) -> None:
+        """One of its rows is on its way into the store."""
+        self.report.rows += 1
+        self.group_sources.add(fields["group_source"])
+        if (step := fields["step"]) is not None:
+            self.start_step = step if self.start_step is None else min(step, self.start_step)
+            self.end_step = step if self.end_step is None else max(step, self.end_step)
 
 
 def ingest(store: Store, paths: Sequence[str | Path], config: IngestConfig, progress: Progress | None = None) -> IngestReport:
@@ -185,8 +198,9 @@ class _Ingest:
             self._bad(rows[i][0], bad_of(rows[i][1], reason))
 
         self.tables.append(to_table([fields for _, _, fields in rows], reject))
-        for i, (reading, _, _) in enumerate(rows):
-            reading.report.rows += i not in rejected
+        for i, (reading, _, fields) in enumerate(rows):
+            if i not in rejected:
+                reading.stored(fields)
         if sum(t.nbytes for t in self.tables) >= STAGE_BYTES:
             self._stage()
 
@@ -203,11 +217,11 @@ class _Ingest:
         if reading.bad:
             self._quarantine(reading)
         source, identify, report = reading.source, reading.identify, reading.report
-        report.groups_by = "+".join(sorted(identify.group_sources)) or None
+        report.groups_by = "+".join(sorted(reading.group_sources)) or None
         report.notes += source.notes
-        if identify.start_step is not None and identify.path_step == identify.start_step and self.config.step is None:
+        if identify.step_of_path_used:
             report.notes.append(f"step {identify.path_step} is from the path, where the rows have none")
-        if self.config.group_size and "prompt_text" in identify.group_sources:
+        if self.config.group_size and "prompt_text" in reading.group_sources:
             n = self.config.group_size
             report.notes.append(f"groups are each {n} rollouts of a prompt in the order of the file (--group-size {n})")
 
@@ -240,7 +254,8 @@ class _Ingest:
                     bad.rename(self.store.quarantine / bad.name)
                     self.report.quarantine.append(str(self.store.quarantine / bad.name))
                 reading.report.shared, reading.report.conflicts = shared.get(reading.ingest_id, (0, 0))
-            rows = [_ledger_row(r, self.config, i) for i, r in enumerate(winners)]
+            first = max([now(), *(r.created_at + _TICK for r in snapshot.ledger.readings[-1:] if r.created_at)])
+            rows = [_ledger_row(r, self.config, first + i * _TICK) for i, r in enumerate(winners)]
             _note_attempts(snapshot.ledger, winners)
             self.store.add("ingests", pa.Table.from_pylist(rows, schema=TABLES["ingests"].arrow))
         self.snapshot = self.store.snapshot()
@@ -272,13 +287,14 @@ def _stored(snapshot: Snapshot, chain: Sequence[Reading], config: IngestConfig, 
     if not files:
         return Stored()
     with scratch(folder) as db:
-        table = parquet([f.path for f in files])
-        rows = f"(SELECT * FROM {table} WHERE list_contains($readings, ingest_id))"
-        found = db.execute(f"SELECT rollout_id FROM {rows} WHERE sample IS NULL", {"readings": readings}).fetchall()
-        counts = db.execute(
-            f"SELECT split, step, prompt_id, ground_truth, count(*) FROM {rows} GROUP BY ALL", {"readings": readings}
-        ).fetchall()
-    return Stored(frozenset(bytes.fromhex(r) for (r,) in found), {(s, t, p, g): n for s, t, p, g, n in counts})
+        rows = f"(SELECT * FROM {parquet([f.path for f in files])} WHERE list_contains($readings, ingest_id))"
+        found = db.execute(f"SELECT rollout_id FROM {rows} WHERE sample IS NULL", {"readings": readings})
+        known: set[bytes] = set()
+        while some := found.fetchmany(100_000):
+            known.update(bytes.fromhex(r) for (r,) in some)
+        members = f"SELECT split, step, prompt_id, ground_truth, count(*) FROM {rows} GROUP BY ALL"
+        counts = db.execute(members, {"readings": readings}).fetchall() if config.group_size else []
+    return Stored(frozenset(known), {(s, t, p, g): n for s, t, p, g, n in counts})
 
 
 def _shared(snapshot: Snapshot, staged: Sequence[Staged], readings: Sequence[Open], folder: Path) -> dict[str, tuple[int, int]]:
@@ -319,8 +335,8 @@ def _shared(snapshot: Snapshot, staged: Sequence[Staged], readings: Sequence[Ope
 
 def _disjoint(readings: Sequence[Open]) -> bool:
     """No two readings have a step in common, so none can hold a rollout of another."""
-    found = [r.identify for r in readings if r.report.rows]
-    ranges = sorted((i.start_step, i.end_step) for i in found if i.start_step is not None and i.end_step is not None)
+    found = [r for r in readings if r.report.rows]
+    ranges = sorted((r.start_step, r.end_step) for r in found if r.start_step is not None and r.end_step is not None)
     return len(ranges) == len(found) and all(a[1] < b[0] for a, b in pairwise(ranges))
 
 
@@ -351,21 +367,20 @@ def _register_run(store: Store, config: IngestConfig) -> None:
             store.register("runs", config.run, config.run, settings)
 
 
-def _ledger_row(reading: Open, config: IngestConfig, position: int) -> dict[str, Any]:
-    source, identify, plan = reading.source, reading.identify, reading.plan
+def _ledger_row(reading: Open, config: IngestConfig, created_at: datetime) -> dict[str, Any]:
+    source, plan = reading.source, reading.plan
     found = {**source.found, "rows": source.rows}
     options: dict[str, Any] = {"given": config.given(plan.reader.NAME), "found": found, "path": str(plan.path.resolve())}
     if reading.tail:
         options["tail"] = reading.tail
     if plan.continues:
         options["continues"] = plan.continues.ingest_id
-    created = now()
     return Reading(
         reading.ingest_id,
         config.run,
         plan.rel,
         reading.attempt,
-        identify.start_step,
+        reading.start_step,
         source.consumed,
         source.sha.hexdigest(),
         plan.reader.NAME,
@@ -377,14 +392,14 @@ def _ledger_row(reading: Open, config: IngestConfig, position: int) -> dict[str,
         reading.report.groups_by,
         source.found.get("completeness", "all"),
         plan.supersedes,
-        created.replace(microsecond=min(created.microsecond + position, 999_999)),
+        created_at,
     ).row()
 
 
 def _note_attempts(ledger: Ledger, winners: Iterable[Open]) -> None:
     """Say it where rows of this reading, or of an earlier attempt, do not show."""
     for reading in winners:
-        start, run = reading.identify.start_step, reading.identify.overrides.run
+        start, run = reading.start_step, reading.identify.overrides.run
         later = [r for r in ledger.live if r.run == run and r.attempt > reading.attempt and r.start_step is not None]
         if later:
             cut = min(r.start_step for r in later if r.start_step is not None)

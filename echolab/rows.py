@@ -53,9 +53,7 @@ class Identify:
     overrides: Overrides
     path_step: int | None = None
     stored: Stored = field(default_factory=Stored)
-    group_sources: set[str] = field(default_factory=set)
-    start_step: int | None = None
-    end_step: int | None = None
+    step_of_path_used: bool = False
     _seen: dict[bytes, int] = field(default_factory=dict)  # content -> occurrences; about 150 bytes a row of one file
     _prompts: dict[Any, tuple[str | None, str | None]] = field(default_factory=dict)
     _groups: dict[Any, str] = field(default_factory=dict)
@@ -69,9 +67,13 @@ class Identify:
         if isinstance(f.get("rewards"), dict):
             f["rewards"] = list(f["rewards"].items()) or None
         f["ingest_id"], f["run"], f["role"] = self.ingest_id, o.run, o.role
-        f["step"] = o.step if o.step is not None else f.get("step", self.path_step)
-        if f["step"] is None:
+        if o.step is not None:
+            f["step"] = o.step
+        elif f.get("step") is None:
             f["step"] = self.path_step
+            self.step_of_path_used = self.path_step is not None
+        if not isinstance(f["step"], int | None):
+            raise ValueError(f"step is not a whole number: {str(f['step'])[:60]!r}")
         f["split"] = o.split or f.get("split") or "train"
         for name in ("model", "source", "tokenizer"):
             if getattr(o, name) is not None:
@@ -82,10 +84,6 @@ class Identify:
         f["prompt_id"], f["problem_id"] = self._prompt(f)
         f["group_id"] = self._group(f, row.key)
         f["rollout_id"] = self._rollout(f)
-        self.group_sources.add(f["group_source"])
-        if (step := f["step"]) is not None:
-            self.start_step = step if self.start_step is None else min(step, self.start_step)
-            self.end_step = step if self.end_step is None else max(step, self.end_step)
         return f
 
     def _count(self, f: dict[str, Any]) -> None:

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 from echolab import EcholabError, ids, views
 from echolab.queries import list_queries
+from echolab.scan import relation
 from echolab.schema import TABLES, duckdb_type
 from echolab.sql import Options, Session
-from echolab.store import DataFile, Store
+from echolab.store import Store
 
 KINDS = "SELECT kind, count(*) AS n FROM groups GROUP BY kind ORDER BY kind"
 
@@ -208,9 +209,9 @@ def test_a_column_that_a_file_lacks_is_null_and_files_may_differ(tmp_path):
     spec = TABLES["vocab"]
     pq.write_table(pa.table({"token_id": pa.array([1], pa.int32())}), tmp_path / "old.parquet")
     pq.write_table(pa.table({"token_id": pa.array([2], pa.int32()), "text": ["x"]}), tmp_path / "new.parquet")
-    files = [DataFile(p, p.name, 1, 1, {}) for p in sorted(tmp_path.glob("*.parquet"))]
     con = duckdb.connect()
-    rows = con.sql(f"SELECT token_id, text, special FROM ({views._scan(con, spec, files)}) ORDER BY token_id").fetchall()
+    source = relation(con, spec, sorted(tmp_path.glob("*.parquet")))
+    rows = con.sql(f"SELECT token_id, text, special FROM ({source}) ORDER BY token_id").fetchall()
     assert rows == [(1, None, None), (2, "x", None)]
 
 

@@ -263,7 +263,7 @@ def test_a_stricter_threshold_changes_queries(store):
     [
         ("degenerate_by_stp", {}, "no query 'degenerate_by_stp': did you mean degenerate_by_step?"),
         ("difficulty", {"bucket": 3}, "query difficulty has no parameter bucket: did you mean buckets?"),
-        ("difficulty", {"xyz": 3}, "query difficulty has no parameter xyz: it takes run, split, buckets"),
+        ("difficulty", {"xyz": 3}, "query difficulty has no parameter xyz: it takes run, split, buckets, excerpt"),
         ("difficulty", {"buckets": "many"}, "parameter buckets is a whole number, not 'many'"),
         ("difficulty", {"run": 3}, "parameter run is text, not 3"),
         ("advantage_check", {"tolerance": "x"}, "parameter tolerance is a number, not 'x'"),
