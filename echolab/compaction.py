@@ -19,6 +19,7 @@ from echolab.store import DataFile, Snapshot, Staged, Store
 
 TARGET_BYTES = 256 << 20  # on disk; a file ends with the row group that reaches it
 SMALL_BYTES = TARGET_BYTES // 2
+TINY_BYTES = 8 << 20  # what is worth a compaction that nobody asked for: far below a file that ingest fills
 MERGE_FILES, MERGE_BYTES = 256, 320 << 20  # what one merge reads at once: files, and memory for their open pages
 PAGES_BYTES = 20 << 20  # of one open file, at most (measured, for rollouts)
 MANY_SMALL_FILES, MANY_SMALL_ROOT_FILES = 32, 64
@@ -57,7 +58,8 @@ def auto(store: Store, table: str) -> dict[str, Any] | None:
     """Compact a table where small files have piled up; None where they have not, or somebody is at it already."""
     spec = TABLES[table]
     many = MANY_SMALL_FILES if spec.partition else MANY_SMALL_ROOT_FILES
-    small = [len(group) for group in _by_partition(spec, filter(_is_small, store.snapshot().files(table))).values()]
+    tiny = (f for f in store.snapshot().files(table) if f.size < TINY_BYTES)
+    small = [len(group) for group in _by_partition(spec, tiny).values()]
     if max(small, default=0) <= many:
         return None
     try:

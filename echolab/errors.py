@@ -11,3 +11,7 @@ class Busy(EcholabError):
 
 class Unreadable(EcholabError):
     """One file that cannot be read. Among many, the others are read all the same."""
+
+
+class WrongUsage(EcholabError):
+    """An option that makes no sense, whatever the data. The command exits with 2."""

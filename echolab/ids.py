@@ -39,7 +39,12 @@ def _encode(field: Field | bytes) -> bytes:
 def _hash(kind: str, fields: Iterable[Field | bytes]) -> str:
     digest = blake2b(_encode(kind + SCHEME), digest_size=16)
     for field in fields:
-        digest.update(_encode(field))
+        if isinstance(field, str):  # as `_encode`, without copying a long text once more
+            data = field.encode()
+            digest.update(b"s" + len(data).to_bytes(8, "little"))
+            digest.update(data)
+        else:
+            digest.update(_encode(field))
     return digest.hexdigest()
 
 

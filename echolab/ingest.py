@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -20,9 +19,19 @@ from echolab import ids
 from echolab.compaction import auto
 from echolab.errors import EcholabError, Unreadable
 from echolab.ledger import Ledger, Reading
-from echolab.plan import FileReport, IngestConfig, IngestReport, Plan, check_run, find_files, make_plan, nothing_known
+from echolab.plan import (
+    FileReport,
+    IngestConfig,
+    IngestReport,
+    Plan,
+    check_run,
+    find_files,
+    make_plan,
+    nothing_known,
+    read_again,
+)
 from echolab.readers import Bad, ReadOptions, Row, Source, step_of_path
-from echolab.rows import Identify, Stored, bad_of, to_table
+from echolab.rows import Identify, Stored, bad_of, to_table, with_ids
 from echolab.scan import parquet, scratch
 from echolab.schema import TABLES
 from echolab.store import DataFile, Snapshot, Staged, Store, now
@@ -32,6 +41,9 @@ STAGE_BYTES = 128 << 20  # a staged file; with its sorted copy and the next one 
 COMMIT_SECONDS = 30.0  # between commits, so that an interrupted reading of many files keeps what it has
 _TICK = timedelta(microseconds=1)  # between ledger rows, whose order decides whose rollouts show
 Progress = Callable[[str, int, int], None]  # file, bytes done, bytes in all
+
+# What converting or identifying one row may raise: then this row is bad, and no other.
+_NO_ROW = (ValueError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass
@@ -43,17 +55,18 @@ class Open:
     source: Source
     identify: Identify
     report: FileReport
-    attempt: int
     group_sources: set[str] = field(default_factory=set)
     start_step: int | None = None
     end_step: int | None = None
+    unknown_steps: int = 0
     tail: dict[str, Any] | None = None
     bad: list[Bad] = field(default_factory=list)
 
-    def stored(self, fields: dict[str, Any]) -> None:
+    def stored(self, fields: dict[str, Any], made: Mapping[str, str | None] | None) -> None:
         """One of its rows is on its way into the store."""
         self.report.rows += 1
-        self.group_sources.add(fields["group_source"])
+        self.group_sources.add(str((made or {})["group_source"]))
+        self.unknown_steps += fields["step"] is None
         if (step := fields["step"]) is not None:
             self.start_step = step if self.start_step is None else min(step, self.start_step)
             self.end_step = step if self.end_step is None else max(step, self.end_step)
@@ -64,10 +77,34 @@ def ingest(store: Store, paths: Sequence[str | Path], config: IngestConfig, prog
     report = IngestReport(config.run)
     snapshot = store.snapshot()
     check_run(snapshot, config)
-    ledger = snapshot.ledger
+    plans = _plans(snapshot.ledger, paths, config, report)
+    if not plans:
+        raise EcholabError(nothing_known(paths, report))
+    todo = [p for p in plans if p.status != "unchanged"]
+    report.files += [FileReport(p.rel, "unchanged", p.reader.NAME) for p in plans if p.status == "unchanged"]
+    with store.job("ingest") as folder:
+        job = _Ingest(store, snapshot, config, folder, report)
+        job.read(todo, progress)
+        if config.attempt and (again := _again(store.snapshot().ledger, plans, config)):
+            report.files = [f for f in report.files if f.status != "unchanged" or f.file not in {p.rel for p in again}]
+            job.read(again, progress)
+    if all(f.status in ("failed", "skipped") for f in report.files):
+        raise EcholabError(nothing_known(paths, report))
+    if not todo:
+        with store.lock():
+            _register_run(store, store.snapshot(), config)
+    for table in ("rollouts", "ingests") if todo else ():
+        try:
+            auto(store, table)
+        except EcholabError as e:  # the rollouts are in the store all the same
+            report.notes.append(f"small files were not merged: {e}")
+    return report
+
+
+def _plans(ledger: Ledger, paths: Sequence[str | Path], config: IngestConfig, report: IngestReport) -> list[Plan]:
     plans: list[Plan] = []
     names: set[str] = set()
-    for path, rel, typed in find_files(paths, config.rename):
+    for path, rel, typed in find_files(paths, config.rename, report):
         if rel in names:
             raise EcholabError(
                 f"two files would both be {rel!r} in run {config.run!r}: give the folder that holds both, or --as"
@@ -75,20 +112,20 @@ def ingest(store: Store, paths: Sequence[str | Path], config: IngestConfig, prog
         names.add(rel)
         try:
             plan = make_plan(ledger, path, rel, typed, config, report)
-        except Unreadable as e:
-            report.files.append(FileReport(rel, "failed", notes=[str(e)]))
+        except (Unreadable, OSError) as e:
+            report.files.append(FileReport(rel, "failed", notes=[_reason(e)]))
             continue
         if plan:
             plans.append(plan)
-    if not plans and not any(f.status == "unchanged" for f in report.files):
-        raise EcholabError(nothing_known(paths, report))
-    _register_run(store, config)
-    with store.job("ingest") as folder:
-        _Ingest(store, snapshot, config, folder, report).read(plans, progress)
-    if plans:
-        for table in ("rollouts", "ingests"):
-            auto(store, table)
-    return report
+    return plans
+
+
+def _again(ledger: Ledger, plans: Sequence[Plan], config: IngestConfig) -> list[Plan]:
+    """Files of this attempt that came out as before: of their older readings the attempt would hide rows."""
+    attempt = config.attempt or 1
+    first = ledger.first_step(config.run, attempt)
+    found = (read_again(p, ledger.chain(config.run, p.rel), attempt, first) for p in plans)
+    return [p for p in found if p]
 
 
 class _Ingest:
@@ -96,37 +133,46 @@ class _Ingest:
 
     def __init__(self, store: Store, snapshot: Snapshot, config: IngestConfig, folder: Path, report: IngestReport):
         self.store, self.snapshot, self.config, self.folder, self.report = store, snapshot, config, folder, report
-        self.rows: list[tuple[Open, Row, dict[str, Any]]] = []
+        self.rows: list[tuple[Open, Row]] = []
         self.row_bytes = 0
         self.tables: list[pa.Table] = []
         self.staged: list[Future[list[Staged]]] = []
         self.done: list[Open] = []
         self.batch: tuple[list[Open], list[Future[list[Staged]]]] = [], []  # read, and being written while we read on
+        self.hints: dict[str, int] = {}  # group sizes by format, as this command's files have them
         self.committed_at = time.monotonic()
 
     def read(self, plans: Sequence[Plan], progress: Progress | None) -> None:
-        total = sum(p.path.stat().st_size for p in plans)
+        total = sum(p.stat.st_size for p in plans)
         before = 0
         with ThreadPoolExecutor(1, "echolab-stage") as self.pool:
             for plan in plans:
-                reading = self._open(plan)
-                stat = plan.path.stat()
-                try:
-                    self._read(reading, progress and (lambda done, b=before, r=plan.rel: progress(r, b + done, total)))
-                    whole = not plan.reader.CONTINUES or reading.source.found.get("whole")
-                    if whole and _stamp(plan.path.stat()) != _stamp(stat):
-                        raise Unreadable(f"{plan.rel} changed while it was read: run the command again")
-                except Unreadable as e:  # its rows stay invisible: they get no ledger row
-                    report = reading.report
-                    report.status, report.rows, report.quarantined, report.notes = "failed", 0, 0, [str(e)]
-                else:
-                    self.done.append(reading)
-                before += stat.st_size
+                self._file(plan, progress and (lambda done, b=before, r=plan.rel: progress(r, b + done, total)))
+                before += plan.stat.st_size
                 held = sum(t.nbytes for t in self.tables)
                 if self.staged or held >= 0.75 * STAGE_BYTES or time.monotonic() - self.committed_at > COMMIT_SECONDS:
                     self._end_batch()
             self._end_batch()
             self._commit()
+
+    def _file(self, plan: Plan, progress: Callable[[int], None] | None) -> None:
+        """Read one file. If that fails its rows stay invisible, as they get no ledger row; the others are read on."""
+        reading = self._open(plan)
+        report, source = reading.report, reading.source
+        try:
+            self._read(reading, progress)
+            if plan.changed(whole=not plan.reader.CONTINUES or bool(source.found.get("whole"))):
+                raise Unreadable(f"{plan.rel} changed while it was read: run the command again")
+        except (Unreadable, OSError) as e:
+            self.rows = [r for r in self.rows if r[0] is not reading]
+            report.status, report.rows, report.quarantined, report.notes = "failed", 0, 0, [_reason(e)]
+            return
+        if plan.continues and reading.tail and not report.rows and source.consumed == source.start:
+            report.status, report.quarantined, report.notes = "unchanged", 0, ["its last line is still unfinished"]
+            return
+        if size := source.found.get("group_size"):
+            self.hints.setdefault(plan.reader.NAME, size)
+        self.done.append(reading)
 
     def _read(self, reading: Open, progress: Callable[[int], None] | None) -> None:
         source = reading.source
@@ -143,8 +189,10 @@ class _Ingest:
             progress(source.size)
 
     def _open(self, plan: Plan) -> Open:
-        config, ledger, last = self.config, self.snapshot.ledger, plan.continues
-        found = dict(last.options["found"]) if last else {}
+        config, last = self.config, plan.continues
+        name = plan.reader.NAME
+        hint = self.snapshot.ledger.options_of_run(config.run, name).get("group_size") or self.hints.get(name)
+        found = dict(last.options["found"]) if last else {"group_size": hint} if hint else {}
         source = Source(
             plan.path,
             plan.rel,
@@ -152,24 +200,26 @@ class _Ingest:
             ReadOptions(dict(config.map), config.group_size, dict(config.reward_weights)),
             start=last.bytes_read if last else 0,
             start_row=found.get("rows", 0),
-            found=found or _inherited(ledger, config.run, plan.reader.NAME),
+            size=plan.stat.st_size,
+            found=found,
             sha=plan.sha or hashlib.sha256(),
         )
+        found.setdefault("path_step", step_of_path(plan.typed))
         ingest_id = ids.random_id()
-        stored = _stored(self.snapshot, plan.chain, config, self.folder) if last else Stored()
-        identify = Identify(ingest_id, plan.rel, config.overrides(), step_of_path(plan.typed), stored)
-        report = FileReport(plan.rel, plan.status, plan.reader.NAME, plan.known_by)
+        stored = _stored(self.snapshot, plan.beginning, config, self.folder) if last else Stored()
+        identify = Identify(ingest_id, plan.rel, config.overrides(), found["path_step"], stored)
+        report = FileReport(plan.rel, plan.status, name, plan.known_by)
         self.report.files.append(report)
-        return Open(plan, ingest_id, source, identify, report, config.attempt or ledger.newest_attempt(config.run) or 1)
+        return Open(plan, ingest_id, source, identify, report)
 
     def _row(self, reading: Open, row: Row) -> None:
         try:
-            fields = reading.identify(row)
-        except (ValueError, TypeError, AttributeError, OverflowError) as e:
+            reading.identify.prepare(row)
+        except _NO_ROW as e:
             self._bad(reading, bad_of(row, _reason(e)))
             return
-        self.rows.append((reading, row, fields))
-        self.row_bytes += len(row.raw) or 4 * len(fields.get("completion") or ()) + 1024
+        self.rows.append((reading, row))
+        self.row_bytes += len(row.raw) or _bytes_of(row.fields)
         if len(self.rows) >= CHUNK_ROWS or self.row_bytes >= CHUNK_BYTES:
             self._chunk()
 
@@ -178,29 +228,35 @@ class _Ingest:
         reading.report.quarantined += 1
         if bad.tail:
             reading.tail = {"bytes": len(bad.raw), "sha256": hashlib.sha256(bad.raw).hexdigest()}
-        if len(reading.bad) >= 1_000:
+        if len(reading.bad) >= 1_000 or len(bad.raw) >= CHUNK_BYTES // 16:
             self._quarantine(reading)
 
     def _quarantine(self, reading: Open) -> None:
-        with (self.folder / f"{reading.ingest_id}.jsonl").open("ab") as f:
-            f.writelines(_quarantined(reading.plan.rel, b) for b in reading.bad)
+        try:
+            with (self.folder / f"{reading.ingest_id}.jsonl").open("ab") as f:
+                f.writelines(_quarantined(reading.plan.rel, b) for b in reading.bad)
+        except OSError as e:
+            raise EcholabError(f"cannot write to the quarantine: {e.strerror or e}") from None
         reading.bad = []
 
     def _chunk(self) -> None:
-        """Turn the rows at hand into Arrow, and stage what has come together."""
+        """Turn the rows at hand into Arrow, and stage what has come together. A row counts, in its group and else, only
+        when all of it fits: then a file read in parts gives what it gives at once."""
         rows, self.rows, self.row_bytes = self.rows, [], 0
-        if not rows:
-            return
-        rejected: set[int] = set()
-
-        def reject(i: int, reason: str) -> None:
-            rejected.add(i)
-            self._bad(rows[i][0], bad_of(rows[i][1], reason))
-
-        self.tables.append(to_table([fields for _, _, fields in rows], reject))
-        for i, (reading, _, fields) in enumerate(rows):
-            if i not in rejected:
-                reading.stored(fields)
+        unfit: dict[int, str] = {}
+        table = to_table([row.fields for _, row in rows], unfit.__setitem__)
+        made: list[dict[str, str | None] | None] = []
+        for i, (reading, row) in enumerate(rows):
+            if i not in unfit:
+                try:
+                    made.append(reading.identify(row))
+                    reading.stored(row.fields, made[-1])
+                    continue
+                except _NO_ROW as e:
+                    made.append(None)
+                    unfit[i] = _reason(e)
+            self._bad(reading, bad_of(row, unfit[i]))
+        self.tables.append(with_ids(table, made))
         if sum(t.nbytes for t in self.tables) >= STAGE_BYTES:
             self._stage()
 
@@ -216,14 +272,22 @@ class _Ingest:
         """The whole file is read; what it found is known."""
         if reading.bad:
             self._quarantine(reading)
-        source, identify, report = reading.source, reading.identify, reading.report
+        plan, report, config = reading.plan, reading.report, self.config
+        if reading.unknown_steps and plan.chain and plan.status == "ingested":
+            raise Unreadable(f"{plan.rel}: an attempt begins at a step, and the steps of its rows are unknown: give --replace")
         report.groups_by = "+".join(sorted(reading.group_sources)) or None
-        report.notes += source.notes
-        if identify.step_of_path_used:
-            report.notes.append(f"step {identify.path_step} is from the path, where the rows have none")
-        if self.config.group_size and "prompt_text" in reading.group_sources:
-            n = self.config.group_size
-            report.notes.append(f"groups are each {n} rollouts of a prompt in the order of the file (--group-size {n})")
+        report.notes += reading.source.notes
+        if reading.identify.step_of_path_used:
+            report.notes.append(f"step {reading.identify.path_step} is from the path, where the rows have none")
+        by_prompt = not reading.group_sources.isdisjoint(("prompt_text", "prompt_ids"))
+        if config.group_size and by_prompt:
+            report.notes.append(
+                f"groups are each {config.group_size} rollouts of a prompt in file order (--group-size {config.group_size})"
+            )
+        elif config.group_size and "contiguous" not in reading.group_sources:
+            report.notes.append("--group-size is not used: the dump says which rollouts belong together")
+        if config.reward_weights and plan.reader.NAME != "trl":
+            report.notes.append(f"--reward-weights are not used: a {plan.reader.NAME} dump has its total reward")
 
     def _end_batch(self) -> None:
         """Begin to write what has come together, and commit what was begun before."""
@@ -244,6 +308,7 @@ class _Ingest:
             winners = [r for r in readings if not self._lost(r, snapshot.ledger)]
             if not winners:
                 return
+            _register_run(self.store, snapshot, self.config)
             shared = _shared(snapshot, staged, winners, self.folder)
             if staged:
                 self.store.commit("rollouts", staged)
@@ -255,40 +320,32 @@ class _Ingest:
                     self.report.quarantine.append(str(self.store.quarantine / bad.name))
                 reading.report.shared, reading.report.conflicts = shared.get(reading.ingest_id, (0, 0))
             first = max([now(), *(r.created_at + _TICK for r in snapshot.ledger.readings[-1:] if r.created_at)])
-            rows = [_ledger_row(r, self.config, first + i * _TICK) for i, r in enumerate(winners)]
-            _note_attempts(snapshot.ledger, winners)
+            rows = [_ledger_row(r, self.config, snapshot.ledger, first + i * _TICK) for i, r in enumerate(winners)]
             self.store.add("ingests", pa.Table.from_pylist(rows, schema=TABLES["ingests"].arrow))
         self.snapshot = self.store.snapshot()
 
     def _lost(self, reading: Open, ledger: Ledger) -> bool:
-        """Another process read the same source meanwhile: the same bytes are nothing to do, others are an error."""
-        plan = reading.plan
+        """Another process read the same source meanwhile: the same bytes and options are nothing to do."""
+        plan, source, report = reading.plan, reading.source, reading.report
         chain = ledger.chain(self.config.run, plan.rel)
         if {r.ingest_id for r in chain} == {r.ingest_id for r in plan.chain}:
             return False
-        source = reading.source
-        if any(r.bytes_read == source.consumed and r.sha256 == source.sha.hexdigest() for r in chain):
-            reading.report.status, reading.report.rows, reading.report.quarantined = "unchanged", 0, 0
-            reading.report.notes.append("another process ingested it meanwhile")
-            return True
-        raise EcholabError(f"{plan.rel}: another process ingested it meanwhile, with other content: run the command again")
+        read = (source.consumed, source.sha.hexdigest(), self.config.given(plan.reader.NAME))
+        same = any((r.bytes_read, r.sha256, r.options["given"]) == read for r in chain)
+        report.status, report.rows, report.quarantined = "unchanged" if same else "failed", 0, 0
+        report.notes.append("another process ingested it meanwhile" + ("" if same else ", otherwise: run the command again"))
+        return True
 
 
-def _inherited(ledger: Ledger, run: str, format: str) -> dict[str, Any]:
-    """The group size that the run's first dump of this format had: a hint where a file leaves it open."""
-    size = ledger.options_of_run(run, format).get("group_size")
-    return {"group_size": size} if size else {}
-
-
-def _stored(snapshot: Snapshot, chain: Sequence[Reading], config: IngestConfig, folder: Path) -> Stored:
-    """What the source stored so far, so that counting of equal content and of group members goes on."""
-    readings = [r.ingest_id for r in chain]
+def _stored(snapshot: Snapshot, beginning: Sequence[Reading], config: IngestConfig, folder: Path) -> Stored:
+    """What the file's beginning brought, so that counting of equal content and of group members goes on."""
+    readings = [r.ingest_id for r in beginning]
     files = [f for f in snapshot.files("rollouts") if f.partition["run"] == config.run]
     if not files:
         return Stored()
     with scratch(folder) as db:
         rows = f"(SELECT * FROM {parquet([f.path for f in files])} WHERE list_contains($readings, ingest_id))"
-        found = db.execute(f"SELECT rollout_id FROM {rows} WHERE sample IS NULL", {"readings": readings})
+        found = db.execute(f"SELECT rollout_id FROM {rows}", {"readings": readings})
         known: set[bytes] = set()
         while some := found.fetchmany(100_000):
             known.update(bytes.fromhex(r) for (r,) in some)
@@ -312,7 +369,8 @@ def _shared(snapshot: Snapshot, staged: Sequence[Staged], readings: Sequence[Ope
     if not old and (len(readings) == 1 or not unknown and _disjoint(readings)):
         return {}
     winners = [r.ingest_id for r in readings]
-    order = [*(r.ingest_id for r in snapshot.ledger.live), *winners]
+    gone = {i for r in readings for i in r.plan.supersedes}
+    order = [*(r.ingest_id for r in snapshot.ledger.live if r.ingest_id not in gone), *winners]
     files = parquet([*(f.path for f in old), *(s.path for s in steps)])
     with scratch(folder) as db:
         db.execute("CREATE TABLE ledger AS SELECT unnest($ids) AS ingest_id, unnest(range(len($ids))) AS age", {"ids": order})
@@ -323,7 +381,7 @@ def _shared(snapshot: Snapshot, staged: Sequence[Staged], readings: Sequence[Ope
         rows = db.execute(
             """
             WITH oldest AS (
-              SELECT rollout_id, min(age) AS age, arg_min(reward, age) AS reward
+              SELECT rollout_id, min(age) AS age, arg_min({'r': reward}, age).r AS reward
               FROM held GROUP BY rollout_id HAVING count(*) > 1
             )
             SELECT held.ingest_id, count(*), count(*) FILTER (WHERE held.reward IS DISTINCT FROM oldest.reward)
@@ -354,22 +412,23 @@ def _overlaps(file: DataFile, low: int | None, high: int | None, unknown: bool) 
     return first <= high and last >= low
 
 
-def _register_run(store: Store, config: IngestConfig) -> None:
-    with store.lock():
-        snapshot = store.snapshot()
-        check_run(snapshot, config)
-        entry = snapshot.registry("runs").get(config.run)
-        settings = dict(entry["config"]) if entry else {"success_threshold": 1.0}
-        for name in ("success_threshold", "failure_reward"):
-            if getattr(config, name) is not None:
-                settings[name] = getattr(config, name)
-        if not entry or settings != entry["config"]:
-            store.register("runs", config.run, config.run, settings)
+def _register_run(store: Store, snapshot: Snapshot, config: IngestConfig) -> None:
+    """Keep the run's settings. Under the lock."""
+    check_run(snapshot, config)
+    entry = snapshot.registry("runs").get(config.run)
+    settings = dict(entry["config"]) if entry else {"success_threshold": 1.0}
+    for name in ("success_threshold", "failure_reward"):
+        if getattr(config, name) is not None:
+            settings[name] = getattr(config, name)
+    if not entry or settings != entry["config"]:
+        store.register("runs", config.run, config.run, settings)
 
 
-def _ledger_row(reading: Open, config: IngestConfig, created_at: datetime) -> dict[str, Any]:
+def _ledger_row(reading: Open, config: IngestConfig, ledger: Ledger, created_at: datetime) -> dict[str, Any]:
     source, plan = reading.source, reading.plan
-    found = {**source.found, "rows": source.rows}
+    attempt = plan.attempt or ledger.attempt_at(config.run, reading.start_step)
+    _note_attempt(reading, ledger, attempt)
+    found = {**source.found, "rows": source.rows, "end_step": reading.end_step}
     options: dict[str, Any] = {"given": config.given(plan.reader.NAME), "found": found, "path": str(plan.path.resolve())}
     if reading.tail:
         options["tail"] = reading.tail
@@ -379,7 +438,7 @@ def _ledger_row(reading: Open, config: IngestConfig, created_at: datetime) -> di
         reading.ingest_id,
         config.run,
         plan.rel,
-        reading.attempt,
+        attempt,
         reading.start_step,
         source.consumed,
         source.sha.hexdigest(),
@@ -396,22 +455,22 @@ def _ledger_row(reading: Open, config: IngestConfig, created_at: datetime) -> di
     ).row()
 
 
-def _note_attempts(ledger: Ledger, winners: Iterable[Open]) -> None:
+def _note_attempt(reading: Open, ledger: Ledger, attempt: int) -> None:
     """Say it where rows of this reading, or of an earlier attempt, do not show."""
-    for reading in winners:
-        start, run = reading.start_step, reading.identify.overrides.run
-        later = [r for r in ledger.live if r.run == run and r.attempt > reading.attempt and r.start_step is not None]
-        if later:
-            cut = min(r.start_step for r in later if r.start_step is not None)
-            reading.report.notes.append(
-                f"attempt {reading.attempt} is superseded from step {cut} on: its rows from there are hidden"
-            )
-        if start is not None and any(r.run == run and r.attempt < reading.attempt for r in ledger.live):
-            reading.report.notes.append(f"attempt {reading.attempt} hides the rows of earlier attempts from step {start} on")
+    run, start, end = reading.identify.overrides.run, reading.start_step, reading.end_step
+    others = {r.attempt: ledger.first_step(run, r.attempt) for r in ledger.live if r.run == run}
+    later = [first for a, first in others.items() if a > attempt and first is not None]
+    if later and end is not None and end >= min(later):
+        reading.report.notes.append(
+            f"belongs to attempt {attempt}, which a later one supersedes from step {min(later)} on: rows hidden"
+        )
+    if start is not None and any(a < attempt for a in others):
+        reading.report.notes.append(f"belongs to attempt {attempt}, which hides earlier attempts from step {start} on")
 
 
-def _stamp(stat: os.stat_result) -> tuple[int, int]:
-    return stat.st_size, stat.st_mtime_ns
+def _bytes_of(fields: dict[str, Any]) -> int:
+    """About what a row weighs in Python, where its bytes are not at hand."""
+    return 1024 + sum(len(v) * (1 if isinstance(v, str) else 40) for v in fields.values() if isinstance(v, str | list))
 
 
 def _quarantined(rel: str, bad: Bad) -> bytes:
@@ -425,6 +484,8 @@ def _quarantined(rel: str, bad: Bad) -> bytes:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename or 'file'}: {error.strerror or error}"
     if isinstance(error, UnicodeEncodeError):
         return "text that is not Unicode (a lone surrogate)"
     return str(error).splitlines()[0][:300] if str(error) else type(error).__name__

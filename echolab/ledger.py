@@ -59,9 +59,6 @@ class Ledger:
         """The live readings of one source, oldest first."""
         return tuple(r for r in self.live if r.run == run and r.source_path == source_path)
 
-    def newest_attempt(self, run: str) -> int | None:
-        return max((r.attempt for r in self.live if r.run == run), default=None)
-
     @cached_property
     def _first_steps(self) -> dict[str, dict[int, int]]:
         """The lowest step of each attempt of each run."""
@@ -71,6 +68,17 @@ class Ledger:
                 attempts = first.setdefault(r.run, {})
                 attempts[r.attempt] = min(attempts.get(r.attempt, r.start_step), r.start_step)
         return first
+
+    def attempt_at(self, run: str, step: int | None) -> int:
+        """The attempt that a file belongs to which does not say: the newest that had begun at its first step."""
+        attempts = [r.attempt for r in self.live if r.run == run] or [1]
+        if step is None:
+            return max(attempts)
+        begun = [attempt for attempt, first in self._first_steps.get(run, {}).items() if first <= step]
+        return max(begun, default=min(attempts))
+
+    def first_step(self, run: str, attempt: int) -> int | None:
+        return self._first_steps.get(run, {}).get(attempt)
 
     def cutoff(self, reading: Reading) -> int | None:
         """Rows of this reading from this step on are hidden, because a later attempt sampled them again."""

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
-from echolab.errors import EcholabError
+from echolab.errors import EcholabError, WrongUsage
 from echolab.ledger import Ledger, Reading
 from echolab.readers import READERS, Reader, choose
 from echolab.rows import Overrides
-from echolab.store import Snapshot
+from echolab.store import MARKER, Snapshot, partition_folder
 
 NOBODYS = "_."  # first letters of files in a folder that are nobody's data
 
@@ -47,8 +50,10 @@ class IngestConfig(BaseModel):
     @field_validator("run")
     @classmethod
     def _run(cls, run: str) -> str:
-        if not run.strip() or not run.isprintable() or len(run.encode()) > 200:
-            raise ValueError("a run's name is one printable line of at most 200 bytes")
+        if not run.strip() or not run.isprintable():
+            raise ValueError("a run's name is one printable line")
+        if len(partition_folder("run", run)) > 255:
+            raise ValueError("a run's name is a folder's name too, and this one is too long")
         return run
 
     @field_validator("format")
@@ -65,6 +70,36 @@ class IngestConfig(BaseModel):
         if value is not None and value < 1:
             raise ValueError("must be at least 1")
         return value
+
+    @field_validator("success_threshold", "failure_reward")
+    @classmethod
+    def _finite(cls, value: float | None) -> float | None:
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"must be a finite number, not {value}")
+        return value
+
+    @field_validator("reward_weights")
+    @classmethod
+    def _finite_weights(cls, weights: dict[str, float]) -> dict[str, float]:
+        if not all(map(math.isfinite, weights.values())):
+            raise ValueError("weights must be finite numbers")
+        return weights
+
+    @field_validator("rename")
+    @classmethod
+    def _relative(cls, name: str | None) -> str | None:
+        if name is None:
+            return None
+        path = PurePosixPath(name)
+        if not path.parts or path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{name!r} is no name in the store: give a relative path without ..")
+        return str(path)
+
+    @model_validator(mode="after")
+    def _map_is_for_plain(self) -> IngestConfig:
+        if self.map and self.format not in ("auto", "plain"):
+            raise ValueError(f"--map describes plain dumps: {self.format} knows its own fields")
+        return self
 
     @field_validator("strip_template")
     @classmethod
@@ -83,13 +118,17 @@ class IngestConfig(BaseModel):
         except ValidationError as e:
             problem = e.errors()[0]
             where = ".".join(str(p) for p in problem["loc"])
-            raise EcholabError(f"{where}: {problem['msg'].removeprefix('Value error, ')}") from None
+            message = problem["msg"].removeprefix("Value error, ")
+            raise WrongUsage(f"{where}: {message}" if where else message) from None
 
     def given(self, format: str) -> dict[str, Any]:
         """The options that count when the same file comes again, defaults left out."""
-        names = ("role", "step", "split", "model", "source", "map", "group_size", "reward_weights", "strip_template",
-                 "tokenizer", "problems")  # fmt: skip
-        values = {n: getattr(self, n) for n in names if getattr(self, n) not in (None, {}, "policy")}
+        counts = {
+            "role", "step", "split", "model", "source", "map", "group_size", "reward_weights", "strip_template", "tokenizer",
+        }  # fmt: skip
+        values = self.model_dump(include=counts, exclude_defaults=True)
+        if self.problems:  # a long list: its hash says whether it is the same
+            values["problems"] = hashlib.sha256(json.dumps(self.problems, sort_keys=True).encode()).hexdigest()
         return {**values, "format": format}
 
     def overrides(self) -> Overrides:
@@ -128,6 +167,7 @@ class FileReport:
 class IngestReport:
     run: str
     files: list[FileReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     quarantine: list[str] = field(default_factory=list)
 
     @property
@@ -150,57 +190,105 @@ class Plan:
     known_by: str
     chain: tuple[Reading, ...]  # live readings of this source when the plan was made
     status: str
+    stat: os.stat_result
     continues: Reading | None = None
     supersedes: tuple[str, ...] = ()
     sha: Any = None  # of the bytes that are read already
+    attempt: int | None = None  # None: that of the run which the reading's steps belong to
+
+    @property
+    def beginning(self) -> tuple[Reading, ...]:
+        """The readings that this one goes on from, newest first."""
+        by_id = {r.ingest_id: r for r in self.chain}
+        found, reading = [], self.continues
+        while reading is not None:
+            found.append(reading)
+            reading = by_id.get(reading.options.get("continues", ""))
+        return tuple(found)
+
+    def changed(self, whole: bool) -> bool:
+        """The file is no longer the one that was planned. To one that is read by lines, lines may be added meanwhile."""
+        stat = self.path.stat()
+        same = (stat.st_size, stat.st_mtime_ns) == (self.stat.st_size, self.stat.st_mtime_ns)
+        grown = stat.st_size > self.stat.st_size and not whole
+        return (stat.st_dev, stat.st_ino) != (self.stat.st_dev, self.stat.st_ino) or not (same or grown)
 
 
-def find_files(paths: Sequence[str | Path], rename: str | None) -> Iterator[tuple[Path, str, str]]:
+def find_files(paths: Sequence[str | Path], rename: str | None, report: IngestReport) -> Iterator[tuple[Path, str, str]]:
     """Every file with its name in the store and as it was typed, folders in natural order."""
     for given in paths:
         path = Path(given).expanduser()
         if path.is_dir():
+            stores = {marker.parent for marker in path.rglob(MARKER)}  # the dumps may lie beside their store
             for file in sorted(path.rglob("*"), key=_natural):
                 below = file.relative_to(path)
-                if file.is_file() and not any(part[0] in NOBODYS for part in below.parts):
-                    yield file, str(Path(rename or "", below).as_posix()), str(Path(given, below))
+                rel = Path(rename or "", below).as_posix()
+                if any(part[0] in NOBODYS for part in below.parts) or not stores.isdisjoint(file.parents):
+                    continue
+                if not _is_text(rel):
+                    report.files.append(FileReport(ascii(rel), "failed", notes=["its name is not Unicode: rename it"]))
+                elif file.is_file():
+                    yield file, rel, str(Path(given, below))
+                elif file.is_symlink():
+                    report.files.append(
+                        FileReport(rel, "skipped", notes=["a link to a folder or to nothing: links are not followed"])
+                    )
         elif path.is_file():
             yield path, rename or path.name, str(given)
         else:
             raise EcholabError(f"{given}: no such file or folder")
 
 
+def _is_text(name: str) -> bool:
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def _natural(path: Path) -> list[tuple[int, int | str]]:
-    return [(0, int(p)) if p.isdigit() else (1, p) for p in re.split(r"(\d+)", str(path)) if p]
+    return [(0, int(p)) if p.isdecimal() else (1, p) for p in re.split(r"(\d+)", str(path)) if p]
 
 
 def make_plan(ledger: Ledger, path: Path, rel: str, typed: str, config: IngestConfig, report: IngestReport) -> Plan | None:
-    """Compare a file with the ledger: new, to be continued, to be replaced, or nothing to do (None, and reported)."""
+    """Compare a file with the ledger: new, to be continued, to be replaced, unchanged, or nobody's (None, and reported)."""
     chosen = choose(path, config.format, mapped=bool(config.map))
     if chosen is None:
-        empty = " (the file is empty)" if path.stat().st_size == 0 else ""
-        report.files.append(FileReport(rel, "skipped", notes=[f"no reader knows this file{empty}"]))
+        what = "the file is empty" if path.stat().st_size == 0 else "no reader knows this file"
+        report.files.append(FileReport(rel, "skipped", notes=[what]))
         return None
     reader, known_by = chosen
     chain = ledger.chain(config.run, rel)
-    plan = Plan(path, rel, typed, reader, known_by, chain, "ingested")
+    stat = path.stat()
+    plan = Plan(path, rel, typed, reader, known_by, chain, "ingested", stat, attempt=config.attempt)
     if not chain:
         return plan
     same_options = all(r.options["given"] == config.given(reader.NAME) for r in chain)
     last, sha = _known_beginning(path, chain)
     if last and same_options:
-        size = path.stat().st_size
+        plan = replace(plan, continues=last, sha=sha, attempt=config.attempt or last.attempt)
         outdated = config.replace and last.reader_version < reader.VERSION
-        if not outdated and (size == last.bytes_read or _same_tail(path, last)):
-            report.files.append(FileReport(rel, "unchanged", last.format))
-            return None
-        if size > last.bytes_read and reader.CONTINUES and not last.options["found"].get("whole"):
-            return replace(plan, status="continued", continues=last, sha=sha)
+        if not outdated and (stat.st_size == last.bytes_read or _same_tail(path, last)):
+            return replace(plan, status="unchanged")
+        if stat.st_size > last.bytes_read and reader.CONTINUES and not last.options["found"].get("whole"):
+            return replace(plan, status="continued")
+        plan = replace(plan, continues=None, sha=None)
     if config.replace:
         return replace(plan, status="replaced", supersedes=tuple(r.ingest_id for r in chain))
     if config.attempt and config.attempt > max(r.attempt for r in chain) and same_options:
         return plan
     raise EcholabError(_changed(path, rel, chain, same_options, bool(last), config, reader.NAME))
+
+
+def read_again(plan: Plan, chain: tuple[Reading, ...], attempt: int, first_step: int | None) -> Plan | None:
+    """The same file as part of this attempt, if the attempt would hide what is stored of it: a file of the attempt that
+    begins with the same bytes as before. `chain` are the live readings of the source by now."""
+    old = {r.ingest_id: r.options["found"].get("end_step") for r in plan.beginning if r.attempt < attempt}
+    if first_step is None or not any(step is not None and step >= first_step for step in old.values()):
+        return None
+    while more := [r.ingest_id for r in chain if r.options.get("continues") in old and r.ingest_id not in old]:
+        old |= dict.fromkeys(more)
+    return replace(plan, status="replaced", chain=chain, continues=None, sha=None, supersedes=tuple(old), attempt=attempt)
 
 
 def _known_beginning(path: Path, chain: Sequence[Reading]) -> tuple[Reading | None, Any]:
@@ -253,18 +341,21 @@ def nothing_known(paths: Sequence[str | Path], report: IngestReport) -> str:
     what = ", ".join(str(p) for p in paths)
     if not report.files:
         return f"{what}: no files"
-    if len(report.files) == 1:
-        example = "--map completion=response --map prompt=question"
-        return f"{what}: {report.files[0].notes[0]}; name its fields with --map, e.g. {example}"
-    return f"{what}: no reader knows any of the {len(report.files)} files; name their fields with --map, or their --format"
+    if len(report.files) > 1 and len({n for f in report.files for n in f.notes}) > 1:
+        return f"{what}: none of the {len(report.files)} files can be read; the first: {report.files[0].notes[0]}"
+    note = report.files[0].notes[0]
+    if report.files[0].status == "failed":
+        return note
+    if not note.startswith("no reader"):
+        return f"{what}: {note}"
+    return f"{what}: {note}; name its fields with --map, e.g. --map completion=response --map prompt=question"
 
 
 def check_run(snapshot: Snapshot, config: IngestConfig) -> None:
     """A run keeps its success threshold: changing it would change answers that were given."""
     entry = snapshot.registry("runs").get(config.run)
     for name in ("success_threshold", "failure_reward"):
-        given = getattr(config, name)
-        if entry and given is not None and given != entry["config"].get(name) and not config.replace:
+        given, now = getattr(config, name), entry["config"].get(name) if entry else None
+        if None not in (given, now) and given != now and not config.replace:
             option = "--" + name.replace("_", "-")
-            now = entry["config"].get(name)
             raise EcholabError(f"run {config.run!r} has {option} {now}, not {given}: --replace changes it for all its rollouts")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,9 @@ from echolab import ids
 from echolab.readers.base import Bad, Row, dumps
 from echolab.schema import ROLLOUTS
 
-CACHED_PROMPTS = 20_000
-_SCHEMA = ROLLOUTS.arrow
+CACHED = 20_000  # prompts, and groups, of one reading
+MADE = ("rollout_id", "group_id", "group_source", "prompt_id", "problem_id")  # by Identify, after all else fits
+_SCHEMA = pa.schema([f for f in ROLLOUTS.arrow if f.name not in MADE])
 _JSON_COLUMNS = ("messages", "sampling", "extra")
 _MISFITS = (pa.ArrowException, TypeError, ValueError, OverflowError, AttributeError)
 
@@ -38,7 +39,7 @@ class Overrides:
 
 @dataclass
 class Stored:
-    """What earlier readings of the same source brought: counting goes on from there."""
+    """What the readings that this one continues brought: counting goes on from there."""
 
     rollout_ids: frozenset[bytes] = frozenset()
     per_prompt: dict[tuple, int] = field(default_factory=dict)
@@ -46,7 +47,7 @@ class Stored:
 
 @dataclass
 class Identify:
-    """Gives the rows of one reading their ids. One instance a reading, as it counts what repeats."""
+    """Turns what a reader yields into rows of `rollouts`. One instance a reading, as it counts what repeats."""
 
     ingest_id: str
     rel: str
@@ -55,11 +56,11 @@ class Identify:
     stored: Stored = field(default_factory=Stored)
     step_of_path_used: bool = False
     _seen: dict[bytes, int] = field(default_factory=dict)  # content -> occurrences; about 150 bytes a row of one file
-    _prompts: dict[Any, tuple[str | None, str | None]] = field(default_factory=dict)
-    _groups: dict[Any, str] = field(default_factory=dict)
+    _problems: dict[str, str | None] = field(default_factory=dict)  # of prompts
+    _groups: dict[str, str] = field(default_factory=dict)
 
-    def __call__(self, row: Row) -> dict[str, Any]:
-        """The row as columns of `rollouts`. Raises ValueError with the reason where it cannot be one."""
+    def prepare(self, row: Row) -> dict[str, Any]:
+        """The row as columns, but for its ids: nothing is counted yet. Raises ValueError where it cannot be one."""
         o, f = self.overrides, row.fields
         for name in _JSON_COLUMNS:
             if not isinstance(f.get(name), str | None):
@@ -72,32 +73,28 @@ class Identify:
         elif f.get("step") is None:
             f["step"] = self.path_step
             self.step_of_path_used = self.path_step is not None
-        if not isinstance(f["step"], int | None):
-            raise ValueError(f"step is not a whole number: {str(f['step'])[:60]!r}")
         f["split"] = o.split or f.get("split") or "train"
         for name in ("model", "source", "tokenizer"):
             if getattr(o, name) is not None:
                 f[name] = getattr(o, name)
         f.setdefault("prompt_format", "unknown")
         f["origin"] = {"file": self.rel, "row": row.row}
-        self._count(f)
-        f["prompt_id"], f["problem_id"] = self._prompt(f)
-        f["group_id"] = self._group(f, row.key)
-        f["rollout_id"] = self._rollout(f)
+        _count(f)
+        if row.key is None and f.get("prompt") is f.get("messages") is f.get("prompt_ids") is None:
+            raise ValueError("neither a prompt nor a group: which rollouts belong together is unknown")
         return f
 
-    def _count(self, f: dict[str, Any]) -> None:
-        if (text := f.get("completion")) is not None:
-            f["n_chars"] = len(text)
-        elif f.get("completion_ids") is None:
-            raise ValueError("no completion")
-        for tokens, count in (("completion_ids", "n_completion_tokens"), ("prompt_ids", "n_prompt_tokens")):
-            if f.get(tokens) is not None:
-                f[count] = len(f[tokens])
-        for name in ("logprobs", "loss_mask"):
-            values, n = f.get(name), f.get("n_completion_tokens")
-            if values is not None and n is not None and len(values) != n:
-                raise ValueError(f"{len(values)} {name} for {n} completion tokens")
+    def __call__(self, row: Row) -> dict[str, str | None]:
+        """The ids of a row that was prepared and fits the schema. Raises ValueError if it stands in the group already."""
+        f = row.fields
+        prompt_id, problem_id = self._prompt(f)
+        rule, source, member = self._rule(f, row.key, prompt_id)
+        group_id = self._group(f, rule)
+        rollout_id = self._rollout(f, group_id, prompt_id)
+        if member:  # counted only now that the row is one
+            self.stored.per_prompt[member] = self.stored.per_prompt.get(member, 0) + 1
+        made = (rollout_id, group_id, f.get("group_source") or source, prompt_id, problem_id)
+        return dict(zip(MADE, made, strict=True))
 
     def _prompt(self, f: dict[str, Any]) -> tuple[str | None, str | None]:
         """Ids of the prompt and of the problem behind it."""
@@ -105,55 +102,50 @@ class Identify:
         exact: str | bytes | None = ids.tokens(tokens) if tokens is not None else messages or prompt
         if exact is None:
             return None, None
-        known = self._prompts.get((exact, prompt, messages))
-        if known is None:
-            if len(self._prompts) >= CACHED_PROMPTS:
-                self._prompts.clear()
-            prompt_id = ids.prompt_id(exact)
+        prompt_id = ids.prompt_id(exact)
+        if prompt_id not in self._problems:
+            if len(self._problems) >= CACHED:
+                self._problems.clear()
             asked = json.loads(messages) if messages else None
             problem = ids.problem_text(prompt, asked if isinstance(asked, list) else None, self.overrides.strip_template)
             problems = self.overrides.problems
             problem = problems.get(prompt_id) or problems.get(prompt or "") or problem
-            known = prompt_id, ids.problem_id(problem) if problem is not None else None
-            self._prompts[exact, prompt, messages] = known
-        return known
+            self._problems[prompt_id] = ids.problem_id(problem) if problem is not None else None
+        return prompt_id, self._problems[prompt_id]
 
-    def _group(self, f: dict[str, Any], key: tuple | None) -> str:
-        """The first rule that applies: the dump's own key, else the prompt with the gold answer."""
-        step, split, size = f["step"], f["split"], self.overrides.group_size
+    def _rule(self, f: dict[str, Any], key: tuple | None, prompt_id: str | None) -> tuple[tuple, str, tuple | None]:
+        """The group's key by the first rule that applies, the rule's name, and what is counted for --group-size."""
+        member = None
         if key is not None:
-            f.setdefault("group_source", "explicit")
-            rule: tuple = ("key", *key)
-        elif f["prompt_id"] is None:
-            raise ValueError("neither a prompt nor a group: which rollouts belong together is unknown")
+            rule, source = ("key", *key), "explicit"
         else:
-            f["group_source"] = "prompt_ids" if f.get("prompt_ids") is not None else "prompt_text"
-            rule = ("prompt", f["prompt_id"], f.get("ground_truth"))
-            if size:
-                counts, of = self.stored.per_prompt, (split, step, f["prompt_id"], f.get("ground_truth"))
-                rule = (*rule, counts.get(of, 0) // size)
-                counts[of] = counts.get(of, 0) + 1
-        if step is None:
-            rule = ("file", self.rel, *rule)
-        known = self._groups.get((split, step, rule))
-        if known is None:
-            if len(self._groups) >= CACHED_PROMPTS:
-                self._groups.clear()
-            known = self._groups[split, step, rule] = ids.group_id(self.overrides.run, split, step, rule)
-        return known
+            source = "prompt_ids" if f.get("prompt_ids") is not None else "prompt_text"
+            rule = ("prompt", prompt_id, f.get("ground_truth"))
+            if self.overrides.group_size:
+                member = (f["split"], f["step"], prompt_id, f.get("ground_truth"))
+                rule = (*rule, self.stored.per_prompt.get(member, 0) // self.overrides.group_size)
+        return (rule if f["step"] is not None else ("file", self.rel, *rule)), source, member
 
-    def _rollout(self, f: dict[str, Any]) -> str:
+    def _group(self, f: dict[str, Any], rule: tuple) -> str:
+        cached = repr((f["split"], f["step"], rule))  # as text: 1, 1.0 and True are equal, but not as ids
+        if cached not in self._groups:
+            if len(self._groups) >= CACHED:
+                self._groups.clear()
+            self._groups[cached] = ids.group_id(self.overrides.run, f["split"], f["step"], rule)
+        return self._groups[cached]
+
+    def _rollout(self, f: dict[str, Any], group_id: str, prompt_id: str | None) -> str:
         completion = ids.tokens(f["completion_ids"]) if f.get("completion_ids") is not None else f["completion"]
         sample, part = f.get("sample"), f.get("part")
 
         def id_of(occurrence: int) -> str:
-            return ids.rollout_id(f["group_id"], f["prompt_id"], completion, part, sample, occurrence)
+            return ids.rollout_id(group_id, prompt_id, completion, part, sample, occurrence)
 
         first = id_of(0)
         content = bytes.fromhex(first)
         occurrence = self._seen.get(content, 0)
         if sample is not None:
-            if occurrence:
+            if occurrence or content in self.stored.rollout_ids:
                 raise ValueError(f"the same rollout again (sample {sample} of its group, same part and text)")
             self._seen[content] = 1
             return first
@@ -164,6 +156,20 @@ class Identify:
             rollout = id_of(occurrence)
         self._seen[content] = occurrence + 1
         return rollout
+
+
+def _count(f: dict[str, Any]) -> None:
+    if (text := f.get("completion")) is not None:
+        f["n_chars"] = len(text)
+    elif f.get("completion_ids") is None:
+        raise ValueError("no completion")
+    for tokens, count in (("completion_ids", "n_completion_tokens"), ("prompt_ids", "n_prompt_tokens")):
+        if f.get(tokens) is not None:
+            f[count] = len(f[tokens])
+    for name in ("logprobs", "loss_mask"):
+        values, n = f.get(name), f.get("n_completion_tokens")
+        if values is not None and n is not None and len(values) != n:
+            raise ValueError(f"{len(values)} {name} for {n} completion tokens")
 
 
 def to_table(rows: list[dict[str, Any]], reject: Callable[[int, str], None]) -> pa.Table:
@@ -193,6 +199,15 @@ def to_table(rows: list[dict[str, Any]], reject: Callable[[int, str], None]) -> 
             reject(indices[i], reason)
         kept = [i for i in range(len(rows)) if i not in bad]
         indices, rows = [indices[i] for i in kept], [rows[i] for i in kept]
+
+
+def with_ids(table: pa.Table, made: Sequence[Mapping[str, str | None] | None]) -> pa.Table:
+    """The table with its ids, and without the rows that got none."""
+    for name in MADE:
+        table = table.append_column(name, pa.array([m and m[name] for m in made], pa.string()))
+    if None in made:
+        table = table.filter(pa.array([m is not None for m in made], pa.bool_()))
+    return table.select(ROLLOUTS.arrow.names).cast(ROLLOUTS.arrow)
 
 
 def _misfit(column: pa.Field, value: Any) -> str | None:

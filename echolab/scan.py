@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 
 import duckdb
 
+from echolab.errors import EcholabError
 from echolab.schema import Table, duckdb_type
 
 MEMORY = "1GB"
@@ -30,6 +31,8 @@ def scratch(folder: Path | None = None, memory: str = MEMORY) -> Iterator[duckdb
         try:
             con.execute("SET TimeZone = 'UTC'")
             yield con
+        except duckdb.Error as e:
+            raise EcholabError(f"the store's files cannot be read: {str(e).splitlines()[0]}") from None
         finally:
             con.close()
 

@@ -270,7 +270,6 @@ class Store:
         dt = self._create(spec)
         if {f.name for f in replaces} - ({f.name for f in _data_files(folder, dt)} if replaces else set()):
             raise EcholabError(f"{folder}: another process replaced the same files meanwhile, nothing was committed")
-        adds = [_add(folder, spec, s, data_change=not replaces) for s in staged]
         stamp = int(time.time() * 1000)
         removes = [RemoveAction(f.name, False, stamp, f.size, dict(f.partition)) for f in replaces]
         facts = {
@@ -285,7 +284,15 @@ class Store:
             app_transactions=[Transaction(k, v) for k, v in (transactions or {}).items()],
         )
         partition = [spec.partition] if spec.partition else None
-        dt.create_write_transaction([*adds, *removes], "append", dt.schema(), partition, commit_properties=properties)
+        adds: list[AddAction] = []
+        try:
+            for file in staged:
+                adds.append(_add(folder, spec, file, data_change=not replaces))
+            dt.create_write_transaction([*adds, *removes], "append", dt.schema(), partition, commit_properties=properties)
+        except (DeltaError, OSError) as e:
+            for add in adds:  # in no version: nobody has seen them
+                (folder / add.path).unlink(missing_ok=True)
+            raise EcholabError(f"cannot write to {folder}: {_first_line(e)}") from None
         dt.update_incremental()
         return dt.version()
 
@@ -419,4 +426,5 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()  # deltalake colours its errors
+    return text.splitlines()[0][:200] if text else type(error).__name__

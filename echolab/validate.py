@@ -231,14 +231,13 @@ def _check_ledger(look: _Look, deep: bool) -> None:
         for other in r.supersedes:
             if other not in known or other == r.ingest_id:
                 look.report("ingests", f"reading {r.ingest_id} replaces {other}, which is no other reading", AGAIN)
-    longest: dict[tuple[str, str], int] = {}
+    by_id = {r.ingest_id: r for r in ledger.readings}
     for r in ledger.live:
-        source = (r.run, r.source_path)
-        if r.bytes_read <= longest.get(source, -1):
+        before = by_id.get(r.options.get("continues", ""))
+        if before and (before.run, before.source_path) != (r.run, r.source_path) or before and r.bytes_read < before.bytes_read:
             look.report(
                 "ingests", f"reading {r.ingest_id} of {r.source_path} in run {r.run} does not continue the one before", AGAIN
             )
-        longest[source] = max(longest.get(source, -1), r.bytes_read)
         _check_quarantine(look, r.ingest_id, r.n_quarantined)
     if deep and "rollouts" in look.whole:
         _check_readings(look, ledger)

@@ -309,4 +309,4 @@ def text(value: str) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{float(value)!r}::DOUBLE"
+    return f"'{float(value)!r}'::DOUBLE"  # in quotes, as NaN and infinity have to be

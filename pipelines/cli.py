@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from echolab.errors import EcholabError
+from echolab.errors import EcholabError, WrongUsage
 from pipelines.options import (
     DONE,
     ERROR,
@@ -54,6 +54,10 @@ def main() -> None:
     """Run the command. Errors are one line; nobody sees a traceback."""
     try:
         code = app(standalone_mode=False) or DONE
+        if code == INTERRUPTED:  # Ctrl-C, as typer passes it on
+            _fail("interrupted", code)
+    except WrongUsage as e:
+        code = _fail(str(e), USAGE)
     except EcholabError as e:
         code = _fail(str(e), ERROR)
     except (KeyboardInterrupt, typer.Abort):
@@ -116,15 +120,20 @@ def ingest(
         failure_reward=failure_reward, strip_template=strip_template, problems=read_json(problems), tokenizer=tokenizer,
         attempt=attempt, replace=replace, rename=rename,
     )  # fmt: skip
-    target = Store.create(store_path(store))
+    root = store_path(store)
+    for path in paths:  # before a mistyped one leaves an empty store behind
+        if not path.expanduser().exists():
+            raise EcholabError(f"{path}: no such file or folder")
+    target = Store.create(root)
     with Progress("reading", enabled=not json_) as progress:
         report = ingest_(target, paths, config, progress)
     failed = [f for f in report.files if f.status == "failed"]
     if json_:
         print_json({"run": run, "rows": report.rows, "quarantined": report.quarantined, "quarantine": report.quarantine,
+                     "notes": report.notes,
                      "files": [f.__dict__ for f in report.files]})  # fmt: skip
     else:
-        _print_ingest(report, store_path(store))
+        _print_ingest(report, root)
     if report.quarantined or failed:
         raise typer.Exit(PARTLY)
 
@@ -146,6 +155,8 @@ def _print_ingest(report: Any, root: Path) -> None:
     if len(shown) < len(report.files):
         _print_many(report.files)
     print(f"run {report.run}: {report.rows:,} rollouts new in {root}")
+    for note in report.notes:
+        print(note)
     if report.quarantined:
         print(f"{report.quarantined:,} rows are in quarantine, with reason and bytes: {root / '_quarantine'}")
 

@@ -8,10 +8,13 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -89,6 +92,9 @@ def test_quarantined_rows_exit_with_3_and_say_where_they_are(tmp_path):
     [
         (["ingest", "nothing.jsonl", "--run", "r", "--store", "{tmp}/s"], 1, "no such file"),
         (["ingest", "x"], 2, "--run"),
+        (["ingest", "{store}", "--run", "r", "--role", "teacher", "--store", "{tmp}/s"], 2, "policy"),
+        (["ingest", "{store}", "--run", "r", "--format", "bogus", "--store", "{tmp}/s"], 2, "verl"),
+        (["ingest", "{store}", "--run", "r", "--group-size", "0", "--store", "{tmp}/s"], 2, "at least 1"),
         (["ingest", "x", "--run", "r"], 1, "ECHOLAB_STORE"),
         (["inges"], 2, "ingest"),
         (["ingest", "x", "--run", "r", "--map", "completion", "--store", "{tmp}/s"], 2, "NAME=VALUE"),
@@ -214,6 +220,30 @@ def test_earlier_versions_answer_as_they_did(tmp_path):
     count = ["sql", "SELECT count(*) AS n FROM rollouts", "--json", "--store", store]
     assert json.loads(echolab(*count).stdout)["rows"] == [{"n": 3}]
     assert json.loads(echolab(*count, "--version", 1).stdout)["rows"] == [{"n": 1}]
+
+
+def test_ctrl_c_says_so_with_exit_code_130_and_leaves_a_store_that_opens(tmp_path):
+    dump = tmp_path / "big.jsonl"
+    dump.write_text('{"input": "p", "output": "x", "score": 1}\n' * 200_000)
+    command = [
+        sys.executable,
+        "-c",
+        "from pipelines.cli import main; main()",
+        "ingest",
+        dump,
+        "--run",
+        "r",
+        "--store",
+        tmp_path / "s",
+    ]
+    restore = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, preexec_fn=restore)
+    while not list(tmp_path.glob("s/_jobs/ingest-*")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert (process.communicate(timeout=60)[1], process.returncode) == ("echolab: interrupted\n", 130)
+    assert list(tmp_path.glob("s/_jobs/*")) == []
+    assert echolab("store", "validate", "--store", tmp_path / "s").returncode == 0
 
 
 def test_a_pipe_that_closes_early_is_no_error(store):

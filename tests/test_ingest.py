@@ -348,6 +348,13 @@ def test_a_folder_reads_what_it_knows_and_names_what_it_does_not(lab, tmp_path):
         lab.ingest(tmp_path / "d" / "notes.txt", run="r")
 
 
+def test_a_store_beside_the_dumps_is_not_taken_for_one(tmp_path):
+    write(tmp_path / "1.jsonl", [verl("a", "x", 1.0)])
+    with echolab.open(tmp_path / "store", create=True) as lab:
+        for run in "rs":
+            assert [f.file for f in lab.ingest(tmp_path, run=run).files] == ["1.jsonl"]
+
+
 def test_a_file_that_changes_while_it_is_read_leaves_nothing(lab, tmp_path, monkeypatch):
     from echolab.readers import plain
 
@@ -360,8 +367,8 @@ def test_a_file_that_changes_while_it_is_read_leaves_nothing(lab, tmp_path, monk
         dump.write_text("[]")
 
     monkeypatch.setattr(plain, "read", disturbed)
-    report = lab.ingest(dump, run="r")
-    assert report.files[0].status == "failed" and "changed while it was read" in report.files[0].notes[0]
+    with pytest.raises(EcholabError, match="changed while it was read"):
+        lab.ingest(dump, run="r")
     assert lab.sql("SELECT count(*) FROM rollouts").item() == 0
 
 
@@ -382,6 +389,13 @@ def test_two_files_of_one_name_in_one_command_are_refused(lab, tmp_path):
         ({"run": "r", "strip_template": "("}, "regular expression"),
         ({"run": "r", "grup_size": 3}, "grup_size"),
         ({"run": "r", "map": {"compleetion": "x"}}, "completion"),
+        ({"run": "r", "success_threshold": float("nan")}, "finite"),
+        ({"run": "r", "failure_reward": float("inf")}, "finite"),
+        ({"run": "r", "reward_weights": {"a": float("inf")}}, "finite"),
+        ({"run": "\u4f60" * 100}, "too long"),
+        ({"run": "r", "rename": "../x"}, "relative"),
+        ({"run": "r", "rename": ""}, "relative"),
+        ({"run": "r", "format": "verl", "map": {"completion": "x"}}, "--map"),
     ],
 )
 def test_a_wrong_option_is_one_line_that_names_it(lab, tmp_path, options, says):
@@ -401,3 +415,226 @@ def test_a_big_dump_is_staged_in_several_sorted_files_and_shown_as_one(lab, tmp_
     found = lab.sql("SELECT step, prompt, count(*) FROM rollouts GROUP BY ALL").rows()
     assert {(step, prompt): n for step, prompt, n in found} == expected
     assert lab.sql("SELECT count(*) FROM groups").item() == len(expected)
+
+
+# Attempts, counting and interruptions: each of these went wrong once.
+
+
+def steps_of(lab: Lab) -> dict[int, int]:
+    return dict(lab.sql("SELECT step, count(*) FROM rollouts GROUP BY step ORDER BY step").rows())
+
+
+def test_a_file_that_an_attempt_leaves_as_it_was_does_not_vanish(lab, tmp_path):
+    """Greedy validation of a resumed run may come out byte by byte as before."""
+    for step in (1, 2, 3):
+        write(tmp_path / "d" / "train" / f"{step}.jsonl", [verl("p", f"first {step} {i}", 1.0, step) for i in range(4)])
+        write(tmp_path / "d" / "val" / f"{step}.jsonl", [verl("q", f"greedy {step}", 1.0, step)])
+    lab.ingest(tmp_path / "d", run="r")
+    for step in (2, 3):
+        write(tmp_path / "d" / "train" / f"{step}.jsonl", [verl("p", f"again {step} {i}", 0.0, step) for i in range(4)])
+    report = lab.ingest(tmp_path / "d", run="r", attempt=2)
+    assert steps_of(lab) == {1: 5, 2: 5, 3: 5}
+    assert {f.file: f.status for f in report.files}["val/3.jsonl"] == "replaced"
+    assert lab.sql("SELECT count(*) FROM rollouts WHERE completion LIKE 'first%'").item() == 4
+    assert lab.validate() == []
+
+
+def test_a_file_that_an_attempt_appends_to_keeps_its_beginning(lab, tmp_path):
+    rows = [verl("p", f"{step} {i}", 1.0, step) for step in (1, 2, 3) for i in range(2)]
+    dump = write(tmp_path / "all.jsonl", rows[:4])
+    lab.ingest(dump, run="r")
+    write(dump, [*rows, verl("p", "2 again", 0.0, 2)])
+    lab.ingest(dump, run="r", attempt=2)
+    assert steps_of(lab) == {1: 2, 2: 3, 3: 2}
+    assert lab.validate() == []
+
+
+def test_late_rows_belong_to_the_attempt_that_sampled_their_step(lab, tmp_path):
+    first = [verl("p", f"{step} {i}", 1.0, step) for step in range(1, 6) for i in range(4)]
+    dump = write(tmp_path / "a.jsonl", first)
+    lab.ingest(dump, run="r")
+    lab.ingest(write(tmp_path / "b.jsonl", [verl("p", f"again {i}", 0.0, 5) for i in range(4)]), run="r", attempt=2)
+    lab.ingest(write(dump, [*first, verl("p", "late", 1.0, 2)]), run="r")
+    lab.ingest(write(tmp_path / "c.jsonl", [verl("new", "late", 1.0, 3)]), run="r")
+    assert steps_of(lab) == {1: 4, 2: 5, 3: 5, 4: 4, 5: 4}
+
+
+def test_an_attempt_whose_steps_are_unknown_is_refused(lab, tmp_path):
+    dump = write(tmp_path / "a.jsonl", [{"prompt": "p", "completion": str(i), "reward": 1.0} for i in range(4)])
+    lab.ingest(dump, run="r")
+    write(dump, [{"prompt": "p", "completion": f"new {i}", "reward": 0.0} for i in range(4)])
+    with pytest.raises(EcholabError, match="--replace"):
+        lab.ingest(dump, run="r", attempt=2)
+    assert lab.sql("SELECT n, kind FROM groups").rows() == [(4, "all_success")]
+
+
+def test_rows_that_do_not_fit_are_not_counted_into_groups(lab, tmp_path):
+    """Else a file read in parts would group otherwise than at once."""
+    rows = [
+        {"prompt": "p", "completion": c, "reward": 1.0, "part": part} for c, part in zip("abcd", (0, 2**40, 0, 0), strict=True)
+    ]
+    for run, cuts in (("whole", [4]), ("parts", [2, 4])):
+        for n in cuts:
+            lab.ingest(write(tmp_path / run / "d.jsonl", rows[:n]), run=run, group_size=2, step=1)
+    groups = lab.sql(
+        "SELECT run, list(completion ORDER BY completion) FROM rollouts GROUP BY run, group_id ORDER BY ALL"
+    ).rows()
+    assert groups == [("parts", ["a", "c"]), ("parts", ["d"]), ("whole", ["a", "c"]), ("whole", ["d"])]
+
+
+def test_a_repeated_sample_is_refused_at_once_and_by_continuation(lab, tmp_path):
+    rows = [verl("p", "x", 1.0, uid="u_0_0"), verl("p", "y", 1.0, uid="u_1_0"), verl("p", "x", 1.0, uid="u_0_0")]
+    counts = []
+    for run, cuts in (("whole", [3]), ("parts", [2, 3])):
+        reports = [lab.ingest(write(tmp_path / run / "d.jsonl", rows[:n]), run=run) for n in cuts]
+        counts.append((sum(r.rows for r in reports), sum(r.quarantined for r in reports)))
+    assert counts == [(2, 1), (2, 1)]
+
+
+def test_a_continued_file_keeps_step_and_split_however_its_path_is_typed(lab, tmp_path, monkeypatch):
+    rows = [{"input": "p", "output": f"x{i}", "score": 1.0} for i in range(4)]
+    dump = write(tmp_path / "val" / "step_400" / "d.jsonl", rows[:2])
+    monkeypatch.chdir(tmp_path)
+    lab.ingest("val/step_400/d.jsonl", run="r")
+    write(dump, rows)
+    monkeypatch.chdir(dump.parent)
+    lab.ingest("d.jsonl", run="r")
+    assert lab.sql("SELECT split, step, n FROM groups").rows() == [("eval", 400, 4)]
+
+
+def test_the_group_size_of_a_file_helps_the_next_one_of_the_same_command(lab, tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    def dump(name: str, rewards: list[float], advantages: list[float]) -> None:
+        both = enumerate(zip(rewards, advantages, strict=True))
+        rows = [{"step": 1, "prompt": name, "completion": str(i), "rew": r, "advantage": a} for i, (r, a) in both]
+        (tmp_path / "d").mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d" / f"{name}.parquet")
+
+    spread = [1.0, 0.0, 0.0, 0.0]
+    std = 0.5 + 1e-4
+    dump("a", spread, [(r - 0.25) / std for r in spread])
+    dump("b", [0.0] * 8, [0.0] * 8)  # one prompt drawn twice: nothing in this file says so
+    lab.ingest(tmp_path / "d", run="r")
+    assert lab.sql("SELECT n FROM groups").to_series().to_list() == [4, 4, 4]
+
+
+def test_a_tail_that_grows_without_end_leaves_one_ledger_row(lab, tmp_path):
+    dump = tmp_path / "1.jsonl"
+    text = json.dumps(verl("p", "x", 1.0)) + "\n" + json.dumps(verl("p", "long " * 50, 1.0))
+    for cut in (100, 150, 200):
+        dump.write_text(text[:cut])
+        lab.ingest(dump, run="r", format="verl")
+    assert lab.sql("SELECT count(*), sum(n_quarantined) FROM ingests").rows() == [(1, 1)]
+    assert lab.validate() == []
+
+
+def test_a_line_file_that_is_swapped_while_it_is_read_leaves_nothing(lab, tmp_path, monkeypatch):
+    from echolab.readers import verl as reader
+
+    dump = write(tmp_path / "1.jsonl", [verl("p", f"a{i}", 1.0) for i in range(4)])
+    read = reader.read
+
+    def swapped(source):
+        yield from read(source)
+        write(tmp_path / "other", [verl("p", f"b{i}", 0.0) for i in range(6)]).replace(dump)
+
+    monkeypatch.setattr(reader, "read", swapped)
+    with pytest.raises(EcholabError, match="changed while it was read"):
+        lab.ingest(dump, run="r")
+    assert lab.sql("SELECT count(*) FROM rollouts").item() == 0
+
+
+def test_a_failed_file_counts_no_rows_and_the_others_are_read(lab, tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    (tmp_path / "d").mkdir()
+    broken = tmp_path / "d" / "a.parquet"
+    rows = [{"prompt": "p", "completion": f"{i}" * 50, "reward": 1.0} for i in range(400)]
+    pq.write_table(pa.Table.from_pylist(rows), broken, row_group_size=200)
+    column = pq.read_metadata(broken).row_group(1).column(1)
+    at = column.dictionary_page_offset or column.data_page_offset
+    content = bytearray(broken.read_bytes())
+    content[at : at + 40] = b"\xff" * 40
+    broken.write_bytes(content)
+    write(tmp_path / "d" / "b.jsonl", [verl("p", "x", 1.0)])
+    report = lab.ingest(tmp_path / "d", run="r")
+    assert {f.file: (f.status, f.rows) for f in report.files} == {"a.parquet": ("failed", 0), "b.jsonl": ("ingested", 1)}
+    assert (report.rows, lab.sql("SELECT count(*) FROM rollouts").item()) == (1, 1)
+
+
+def test_what_is_replaced_is_not_counted_as_shared(lab, tmp_path):
+    dump = write(tmp_path / "1.jsonl", [verl("p", f"x{i}", 1.0) for i in range(4)])
+    lab.ingest(dump, run="r")
+    report = lab.ingest(write(dump, [verl("p", f"x{i}", 0.0) for i in range(4)]), run="r", replace=True)
+    assert (report.files[0].shared, report.files[0].conflicts) == (0, 0)
+
+
+def test_an_unknown_reward_beside_a_known_one_is_a_conflict(lab, tmp_path):
+    lab.ingest(write(tmp_path / "a.jsonl", [verl("p", "x", None, uid="u_0_0")]), run="r", format="verl")  # type: ignore[arg-type]
+    report = lab.ingest(write(tmp_path / "b.jsonl", [verl("p", "x", 1.0, uid="u_0_0")]), run="r")
+    assert (report.files[0].shared, report.files[0].conflicts) == (1, 1)
+
+
+def test_files_with_odd_names_are_read_or_named(lab, tmp_path):
+    folder = tmp_path / "d"
+    names = ["1\u00b23.jsonl", "a b'\"*[1]?.jsonl", "new\nline.jsonl", "%41.jsonl"]
+    for i, name in enumerate(names):
+        write(folder / name, [verl("p", f"x{i}", 1.0, step=i)])
+    (folder / "loop").symlink_to(folder)
+    with open(bytes(folder) + b"/\xff.jsonl", "wb") as f:
+        f.write(b"{}")
+    report = lab.ingest(folder, run="r")
+    found = {f.file: f.status for f in report.files}
+    assert [found[n] for n in names] == ["ingested"] * 4
+    assert found["loop"] == "skipped" and sum(s == "failed" for s in found.values()) == 1
+    assert lab.sql("SELECT count(*) FROM rollouts").item() == 4
+
+
+def test_a_file_that_vanishes_fails_alone(lab, tmp_path, monkeypatch):
+    from echolab import ingest
+
+    for step in (1, 2, 3):
+        write(tmp_path / "d" / f"{step}.jsonl", [verl("p", "x", 1.0, step)])
+    plans = ingest._plans
+
+    def vanishing(*arguments):
+        found = plans(*arguments)
+        (tmp_path / "d" / "2.jsonl").unlink()
+        return found
+
+    monkeypatch.setattr(ingest, "_plans", vanishing)
+    assert [f.status for f in lab.ingest(tmp_path / "d", run="r").files] == ["ingested", "failed", "ingested"]
+    assert lab.sql("SELECT count(*) FROM rollouts").item() == 2
+
+
+def test_a_map_that_names_no_field_reads_nothing(lab, tmp_path):
+    dump = write(tmp_path / "1.jsonl", [{"resp": "x", "question": "q", "score": 1.0}])
+    with pytest.raises(EcholabError, match="completion=respp: no such field; there are resp, question, score"):
+        lab.ingest(dump, run="r", map={"completion": "respp", "prompt": "question"})
+    assert lab.ingest(dump, run="r", map={"completion": "resp", "prompt": "question"}).rows == 1
+
+
+def test_problems_in_the_options_are_a_hash(lab, tmp_path):
+    dump = write(tmp_path / "1.jsonl", [verl("p", "x", 1.0)])
+    problems = {f"prompt {i}": f"problem {i}" for i in range(1000)}
+    lab.ingest(dump, run="r", problems=problems)
+    assert len(lab.sql("SELECT options FROM ingests").item()) < 1000
+    assert lab.ingest(dump, run="r", problems=problems).files[0].status == "unchanged"
+    with pytest.raises(EcholabError, match="problems"):
+        lab.ingest(dump, run="r", problems={"p": "q"})
+
+
+def test_groups_named_1_and_1_point_0_are_one_and_nan_is_none(lab, tmp_path):
+    dump = tmp_path / "1.jsonl"
+    groups = ["1", "1.0", "NaN", '"1"', "true"]
+    lines = (f'{{"completion": "{i}", "prompt": "p", "reward": 1, "group": {g}}}' for i, g in enumerate(groups))
+    dump.write_text("\n".join(lines))
+    report = lab.ingest(dump, run="r")
+    assert (report.rows, report.quarantined) == (4, 1)
+    members = lab.sql("SELECT list(completion ORDER BY completion) AS c FROM rollouts GROUP BY group_id ORDER BY c")[
+        "c"
+    ].to_list()
+    assert members == [["0", "1"], ["2"], ["3"]]

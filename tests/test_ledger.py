@@ -75,7 +75,11 @@ def test_live_readings_cutoffs_and_quarantine_follow_from_the_rows_in_any_order(
         quarantined += r.n_quarantined - completed
     assert ledger.n_quarantined() == quarantined
     for run in "ab":
-        assert ledger.newest_attempt(run) == max((r.attempt for r in live if r.run == run), default=None)
+        attempts = [r.attempt for r in live if r.run == run] or [1]
+        assert ledger.attempt_at(run, None) == max(attempts)
+        for step in range(-1, 12):
+            begun = [r.attempt for r in live if r.run == run and r.start_step is not None and r.start_step <= step]
+            assert ledger.attempt_at(run, step) == (max(begun) if begun else min(attempts))
         assert list(ledger.chain(run, "x")) == [r for r in live if (r.run, r.source_path) == (run, "x")]
 
 

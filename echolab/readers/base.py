@@ -137,8 +137,6 @@ def look(path: Path) -> Head:
 
 def parse_json(data: bytes) -> Any:
     """JSON, also with NaN and Infinity. Raises ValueError with a short reason."""
-    if data.count(b"{") + data.count(b"[") > MAX_DEPTH and _depth(data) > MAX_DEPTH:
-        raise ValueError(f"JSON nested too deeply (more than {MAX_DEPTH} levels)")
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError as first:
@@ -147,6 +145,8 @@ def parse_json(data: bytes) -> Any:
             if _SURROGATE.search(data):
                 json.dumps(value, ensure_ascii=False).encode()
             return value
+        except RecursionError:
+            raise ValueError(NESTED) from None
         except UnicodeDecodeError:
             raise ValueError("invalid UTF-8") from None
         except UnicodeEncodeError:
@@ -155,34 +155,23 @@ def parse_json(data: bytes) -> Any:
             raise ValueError(f"not JSON: {_first_line(first)}") from None
 
 
-# Far below the recursion limits of every JSON library on the way, far above what any trainer writes.
-MAX_DEPTH = 200
+NESTED = "JSON nested too deeply"
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_NO_BRACKETS = bytes(b for b in range(256) if b not in b"{}[]")
-
-
-def _depth(data: bytes) -> int:
-    outside_strings = data.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
-    depth = deepest = 0
-    for bracket in b"".join(outside_strings).translate(None, _NO_BRACKETS):
-        depth += 1 if bracket in b"{[" else -1
-        deepest = max(deepest, depth)
-    return deepest
 
 
 def json_lines(source: Source) -> Iterator[tuple[int, bytes, dict[str, Any]] | Bad]:
     """The objects of a JSONL file from where `source` starts, one at a time, in bounded memory. Reads no further
     than the file's size at the start. An unterminated last line that does not parse is left for the next reading."""
     left = source.size - source.start
-    with source.path.open("rb") as f:
+    with source.path.open("rb", buffering=1 << 20) as f:
         f.seek(source.start)
         for line in f:
             line = line[:left]
             left -= len(line)
             if not line:
                 return
-            text = (line.removeprefix(BOM) if source.consumed == 0 else line).strip()
-            if not text:
+            text = line.removeprefix(BOM) if source.consumed == 0 else line
+            if not text or text.isspace():
                 source.take(line)
                 continue
             row = source.rows
@@ -220,7 +209,8 @@ def parquet_rows(source: Source) -> Iterator[tuple[int, dict[str, Any]] | Bad]:
     if source.size == 0:
         return
     try:
-        for batch in open_parquet(source.path).iter_batches(batch_size=256):
+        file = open_parquet(source.path)
+        for batch in file.iter_batches(batch_size=_few_rows(file.metadata)):
             try:
                 values = batch.to_pylist()
             except UnicodeDecodeError:
@@ -238,6 +228,13 @@ def parquet_rows(source: Source) -> Iterator[tuple[int, dict[str, Any]] | Bad]:
         raise Unreadable(f"{source.path}: damaged Parquet file ({_first_line(e)})") from None
 
 
+def _few_rows(footer: Any) -> int:
+    """Rows of a batch, so that they do not weigh much as Python objects, which numbers in lists do."""
+    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+    heaviest = max((g.total_byte_size / max(g.num_rows, 1) for g in groups), default=0)
+    return max(1, min(256, int((4 << 20) / max(heaviest, 1))))
+
+
 def _raw_parquet(row: pa.RecordBatch) -> bytes:
     """A row that holds invalid UTF-8, its strings as bytes."""
     strings = (pa.types.is_string, pa.types.is_large_string)
@@ -250,7 +247,10 @@ def _raw_parquet(row: pa.RecordBatch) -> bytes:
 
 def raw_json(value: Any) -> bytes:
     """What the quarantine keeps of a row that is not a line of its own."""
-    return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace")
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace")
+    except RecursionError:
+        return f"({NESTED})".encode()
 
 
 def number(value: Any, what: str) -> float | None:
@@ -319,8 +319,11 @@ def dumps(value: Any) -> str | None:
         return None
     try:
         return orjson.dumps(value, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS).decode()
-    except TypeError:  # integers above 64 bits, lone surrogates, foreign objects
-        return json.dumps(value, sort_keys=True, default=str)
+    except TypeError:  # integers above 64 bits, lone surrogates, foreign objects, or nested too deeply for orjson
+        try:
+            return json.dumps(value, sort_keys=True, default=str)
+        except RecursionError:
+            raise ValueError(NESTED) from None
 
 
 def text(value: Any) -> str | None:

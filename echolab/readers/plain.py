@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -164,10 +165,15 @@ def _plan(given: dict[str, str]) -> _Map:
 
 def _check(source: Source, plan: _Map, first: dict[str, Any]) -> None:
     """A file without any completions is the user's error, not a quarantine full of rows."""
+    fields = ", ".join(list(first)[:40]) or "none"
+    for column in _COMPLETION:
+        single, (before, _) = plan.single.get(column), plan.lists.get(column, (None, None))
+        path = single or before
+        if path and _dig(first, path[:1]) is None:
+            raise Unreadable(f"{source.path}: --map {column}={'.'.join(path)}: no such field; there are {fields}")
     if plan.columns.union(first).isdisjoint(_COMPLETION):
         likely = next((n for n in _LIKELY if n in first), next(reversed(first), "response"))
         example = likely + (ALL if isinstance(first.get(likely), list) else "")
-        fields = ", ".join(list(first)[:40]) or "none"
         raise Unreadable(
             f"{source.path}: no completion; its rows have the fields {fields}; use --map, as in completion={example}"
         )
@@ -246,8 +252,10 @@ def _row(row: int, columns: dict[str, Any], rest: dict[str, Any]) -> Row:
     if isinstance(prompt, list) and columns.get("messages") is None:
         columns["messages"], prompt = prompt, None
     group = columns.pop("group", None)
-    if not isinstance(group, str | int | float | None):
+    if isinstance(group, bool) or not isinstance(group, str | int | float | None):
         raise ValueError(f"group is not a single value: {type(group).__name__}")
+    if isinstance(group, float):  # 1.0 is group 1, NaN is none
+        group = None if math.isnan(group) else int(group) if group.is_integer() else group
     given = columns.pop("extra", None)
     for column, value in {"prompt": prompt, **columns}.items():
         if value is None:

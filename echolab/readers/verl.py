@@ -33,16 +33,20 @@ def read(source: Source) -> Iterator[Row | Bad]:
 
 
 def _describe(source: Source) -> str:
-    """Version and split, by the path and the file's first row, so that a continued file keeps them."""
+    """Version and split, by the path and the file's first row. A continued file keeps them, wherever it lies now."""
+    if source.start and "split" in source.found:
+        return source.found["split"]
     first = look(source.path).first
     first = first if isinstance(first, dict) else {}
     source.found["version"] = "v1" if "uid" in first else "v0"
+    source.found["split"] = "train"
     if any(_EVAL_PATH.search(part) for part in PurePath(source.typed).parts):
-        return "eval"
-    if "uid" not in first and first.get("reward") is not None and _same_number(first["reward"], first.get("score")):
+        source.found["split"] = "eval"
+        source.notes.append("taken as split 'eval', as its path says (--split decides otherwise)")
+    elif "uid" not in first and first.get("reward") is not None and _same_number(first["reward"], first.get("score")):
+        source.found["split"] = "eval"
         source.notes.append("taken as split 'eval': a guess, as rows of verl's validation have a reward equal to the score")
-        return "eval"
-    return "train"
+    return source.found["split"]
 
 
 def _same_number(a: Any, b: Any) -> bool:

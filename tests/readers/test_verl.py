@@ -15,7 +15,7 @@ def test_v0_rows_have_no_key_and_their_texts_become_numbers(tmp_path, read, dump
     result = read(verl, path)
     assert len(result.rows) == 12
     assert not result.bad
-    assert result.source.found == {"version": "v0"}
+    assert result.source.found["version"] == "v0"
     written = [json.loads(line) for line in path.read_text().splitlines()]
     for i, (row, w) in enumerate(zip(result.rows, written, strict=True)):
         assert (row.row, row.key) == (i, None)
@@ -28,7 +28,7 @@ def test_v0_rows_have_no_key_and_their_texts_become_numbers(tmp_path, read, dump
 
 def test_v1_groups_sessions_and_outputs_come_from_the_uid(tmp_path, read, dumps):
     result = read(verl, dumps.verl_v1(tmp_path / "7.jsonl", prompts=3, n=4, parts=2))
-    assert result.source.found == {"version": "v1"}
+    assert result.source.found["version"] == "v1"
     assert Counter(r.key for r in result.rows) == {("6b_0",): 8, ("6b_1",): 8, ("6b_2",): 8}
     for r in result.rows:
         answer = f"A{r.key[0][3:]}.{r.fields['sample']}.{r.fields['part']}"
@@ -82,7 +82,7 @@ def test_acc_is_the_recorded_verdict_where_it_is_one(tmp_path, read, dumps, acc,
 def test_the_typed_path_tells_validation(tmp_path, read, dumps, typed, split):
     result = read(verl, dumps.verl_v1(tmp_path / "3.jsonl"), typed=typed)
     assert {r.fields["split"] for r in result.rows} == {split}
-    assert not result.source.notes
+    assert [("eval" in note and "path" in note) for note in result.source.notes] == [True] * (split == "eval")
 
 
 def test_a_reward_equal_to_the_score_without_a_uid_is_taken_as_validation_and_said(tmp_path, read, dumps):
