@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 from echolab import ids
 from echolab.errors import Busy, EcholabError
-from echolab.files import conform, finish_file, pc, row_groups, sort_rows, statistics
+from echolab.files import conform, finish_file, pc, row_groups, sort_rows, statistics, to_rows
 from echolab.ledger import Ledger
 from echolab.schema import FORMAT_VERSION, TABLES, Table
 
@@ -80,16 +80,16 @@ class Snapshot:
         """A whole table in memory: for the ledger and the registries, which are small."""
         schema = TABLES[name].arrow
         tables = [conform(pq.ParquetFile(f.path).read(), schema) for f in self.files(name)]
-        return pa.concat_tables(tables) if tables else schema.empty_table()
+        return pa.concat_tables(tables) if tables else pa.Table.from_batches([], schema)
 
     @cached_property
     def ledger(self) -> Ledger:
-        return Ledger.of(self.table("ingests").to_pylist())
+        return Ledger.of(to_rows(self.table("ingests")))
 
     def registry(self, kind: str) -> dict[str, dict[str, Any]]:
         """The newest entry of each id, `config` and `parents` parsed."""
         entries: dict[str, dict[str, Any]] = {}
-        for row in sorted(self.table(kind).to_pylist(), key=lambda r: r["created_at"]):
+        for row in sorted(to_rows(self.table(kind)), key=lambda r: r["created_at"]):
             entries[row["id"]] = {**row, "config": json.loads(row["config"]), "parents": json.loads(row["parents"])}
         return entries
 
@@ -390,22 +390,18 @@ def _add(folder: Path, spec: Table, staged: Staged, data_change: bool) -> AddAct
 
 
 def _data_files(folder: Path, dt: DeltaTable) -> list[DataFile]:
-    rows = pa.table(dt.get_add_actions(flatten=False)).to_pylist()
+    actions = pa.RecordBatchReader.from_stream(dt.get_add_actions(flatten=True)).read_all()
+    actions = actions.select([f.name for f in actions.schema if not pa.types.is_timestamp(f.type)])  # nobody asks for these
     files = []
-    for r in rows:
-        name = unquote(r["path"])  # the log holds it URL-encoded
-        files.append(
-            DataFile(
-                folder / name,
-                name,
-                r["num_records"],
-                r["size_bytes"],
-                dict(r.get("partition") or {}),
-                r.get("min") or {},
-                r.get("max") or {},
-                r.get("null_count") or {},
-            )
-        )
+    for row in actions.to_pylist():
+        facts: dict[str, dict[str, Any]] = {"min": {}, "max": {}, "null_count": {}, "partition": {}}
+        for name, value in row.items():
+            kind, dot, column = name.partition(".")
+            if dot:
+                facts[kind][column] = value
+        name = unquote(row["path"])  # the log holds it URL-encoded
+        low, high, nulls, partition = facts.values()
+        files.append(DataFile(folder / name, name, row["num_records"], row["size_bytes"], partition, low, high, nulls))
     return sorted(files, key=lambda f: f.name)
 
 

@@ -76,13 +76,12 @@ class Base:
     def make_live(self) -> None:
         """The live readings, oldest first, and from which step on a later attempt hides them."""
         self.con.execute("CREATE TABLE base.live (ingest_id VARCHAR, place INTEGER, cutoff BIGINT, shares BOOLEAN)")
-        if self.ledger.live:
-            rows = [
-                (r.ingest_id, i, cut, r.n_shared > 0)
-                for i, (r, cut) in enumerate(zip(self.ledger.live, _cutoffs(self.ledger), strict=True))
-            ]
-            columns = [list(c) for c in zip(*rows, strict=True)]
-            self.con.execute("INSERT INTO base.live SELECT unnest(?), unnest(?), unnest(?::BIGINT[]), unnest(?)", columns)
+        rows = (
+            f"({text(r.ingest_id)}, {i}, {'NULL' if cut is None else cut}, {r.n_shared > 0})"
+            for i, (r, cut) in enumerate(zip(self.ledger.live, _cutoffs(self.ledger), strict=True))
+        )
+        if self.ledger.live:  # as text: values from Python make DuckDB import pandas, where there is pandas
+            self.con.execute(f"INSERT INTO base.live VALUES {', '.join(rows)}")
 
     def make_macros(self) -> None:
         given = self.options.success_threshold

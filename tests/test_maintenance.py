@@ -243,7 +243,7 @@ DAMAGED_ROWS = {
     "rows of another run": (put("ingests", run="other"), "has rows of run r, not other"),
     "replaces a stranger": (put("ingests", supersedes=["nobody"]), "replaces nobody"),
     "chain goes back": (
-        lambda d: d["ingests"].append(reading(1, source_path="f0", bytes_read=10, start_step=None)),
+        lambda d: d["ingests"].append(reading(1, source_path="f0", bytes_read=9, options='{"continues": "i0"}')),
         "does not continue the one before",
     ),
     "quarantine lost": (put("ingests", n_quarantined=2), "quarantine file i0.jsonl is missing"),
