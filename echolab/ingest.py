@@ -38,7 +38,7 @@ from echolab.store import DataFile, Snapshot, Staged, Store, now
 
 CHUNK_ROWS, CHUNK_BYTES = 2_048, 16 << 20  # rows become Arrow in chunks, so that Python holds few of them
 STAGE_BYTES = 128 << 20  # a staged file; with its sorted copy and the next one being read, about half a gigabyte
-COMMIT_SECONDS = 30.0  # between commits, so that an interrupted reading of many files keeps what it has
+COMMIT_FILES, COMMIT_SECONDS = 8, 20.0  # between commits, so that an interrupted reading of many files keeps what it has
 _TICK = timedelta(microseconds=1)  # between ledger rows, whose order decides whose rollouts show
 Progress = Callable[[str, int, int], None]  # file, bytes done, bytes in all
 
@@ -150,7 +150,9 @@ class _Ingest:
                 self._file(plan, progress and (lambda done, b=before, r=plan.rel: progress(r, b + done, total)))
                 before += plan.stat.st_size
                 held = sum(t.nbytes for t in self.tables)
-                if self.staged or held >= 0.75 * STAGE_BYTES or time.monotonic() - self.committed_at > COMMIT_SECONDS:
+                if held >= 0.75 * STAGE_BYTES:
+                    self._stage()
+                if len(self.staged) >= COMMIT_FILES or time.monotonic() - self.committed_at > COMMIT_SECONDS:
                     self._end_batch()
             self._end_batch()
             self._commit()

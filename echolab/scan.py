@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,8 +53,11 @@ def escape(path: Path) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in str(path))
 
 
-def relation(con: duckdb.DuckDBPyConnection, spec: Table, files: Sequence[Path]) -> str:
-    """A SELECT of all rows with the schema's columns and types; columns that no file has are NULL."""
+def relation(
+    con: duckdb.DuckDBPyConnection, spec: Table, files: Sequence[Path], constants: Mapping[str, str] | None = None
+) -> str:
+    """A SELECT of all rows with the schema's columns and types; columns that no file has are NULL. `constants` are columns
+    of which all files hold one value: a query then need not read them, nor group by them."""
     if not files:
         columns = ", ".join(f'NULL::{duckdb_type(c.type)} AS "{c.name}"' for c in spec.columns)
         return f"SELECT {columns} WHERE false"
@@ -62,7 +65,7 @@ def relation(con: duckdb.DuckDBPyConnection, spec: Table, files: Sequence[Path])
     there = {row[0] for row in con.sql(f"DESCRIBE SELECT * FROM {source}").fetchall()}
 
     def column(name: str, type: str) -> str:
-        value = f'"{name}"' if name in there else "NULL"
+        value = text(constants[name]) if constants and name in constants else f'"{name}"' if name in there else "NULL"
         return f'CAST({value} AS {type}) AS "{name}"'
 
     columns = ", ".join(column(c.name, duckdb_type(c.type)) for c in spec.columns)

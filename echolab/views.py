@@ -53,7 +53,9 @@ class Base:
     def build(self) -> None:
         self.con.execute("CREATE SCHEMA base")
         for name, table in TABLES.items():
-            self.view("stored" if name == "rollouts" else name, relation(self.con, table, [f.path for f in self.files[name]]))
+            files = self.files[name]
+            constants = _constants(files) if name == "rollouts" else {}
+            self.view("stored" if name == "rollouts" else name, relation(self.con, table, [f.path for f in files], constants))
         for name in TABLES.keys() - VIEWS:
             body = f"SELECT * FROM base.{name}"
             if any(name == r.name for r in REGISTRIES):
@@ -64,7 +66,9 @@ class Base:
         self.view("visible", self.visible())
         self.view("rollouts", self.judged())
         self.macro("failure_reward(run)", _lookup("run", self.failure_rewards(), "0.0::DOUBLE"))
-        self.macro("group_kind(run, n_rewarded, n_success, low, high)", _GROUP_KIND)
+        # Without a verifier the lowest reward decides: one aggregate less where nobody asks for n_success.
+        all_success = "low >= success_threshold(run) - tol()" if self.options.verifier is None else "n_success = n_rewarded"
+        self.macro("group_kind(run, n_rewarded, n_success, low, high)", _GROUP_KIND.format(all_success=all_success))
         self.view("samples", self.samples())
 
     def view(self, name: str, body: str) -> None:
@@ -226,7 +230,7 @@ CASE
     WHEN n_rewarded = 0 THEN 'unrewarded'
     WHEN n_rewarded = 1 THEN 'single'
     WHEN high - low > tol() THEN 'mixed'
-    WHEN n_success = n_rewarded THEN 'all_success'
+    WHEN {all_success} THEN 'all_success'
     WHEN abs(low - failure_reward(run)) <= tol() THEN 'all_fail'
     ELSE 'constant'
 END"""
@@ -243,6 +247,16 @@ _SAMPLE = (
     "run", "split", "step", "group_id", "role", "source", "prompt_id", "problem_id", "score", "success",
     "n_completion_tokens", "n_chars", "finish_reason", "completeness",
 )  # fmt: skip
+
+
+def _constants(files: Sequence[DataFile]) -> dict[str, str]:
+    """Columns that groups are made by, and that have one value in all files."""
+    found = {"run": {f.partition["run"] for f in files}}
+    for name in ("split", "role"):
+        found[name] = {v for f in files for v in (f.low.get(name), f.high.get(name))}
+        if any(f.nulls.get(name) != 0 for f in files):
+            found[name].add(None)
+    return {name: str(next(iter(values))) for name, values in found.items() if len(values) == 1 and None not in values}
 
 
 def _only_dead(file: DataFile, live: set[str]) -> bool:

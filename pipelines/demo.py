@@ -10,24 +10,34 @@ import json
 import math
 import random
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import echolab
 from echolab.errors import EcholabError
 from pipelines.render import table
 
+if TYPE_CHECKING:
+    import polars as pl
+
 STEPS, PROMPTS, SAMPLES, PROBLEMS, SEED = 60, 16, 8, 48, 7
 HOPELESS, FORGOTTEN = (46, 47), 5
 Say = Callable[[str], Any]
 
+# Of each answer: the columns that fit on a screen.
 QUESTIONS = (
-    ("Which groups teach nothing, since when?", "degenerate_by_step"),
-    ("What did they cost?", "wasted_tokens"),
-    ("Which problems are the reason?", "degenerate_prompts"),
-    ("Which of the hopeless ones could an expert teach?", "all_fail_with_expert"),
+    (
+        "Which groups teach nothing, since which step?",
+        "degenerate_by_step",
+        "step n_groups all_success all_fail mixed share_degenerate",
+    ),
+    ("What did they cost?", "wasted_tokens", "step unit wasted total share"),
+    ("Which problems are the reason?", "degenerate_prompts", "prompt status since_step visits success_rate"),
+    ("Which hopeless ones could an expert teach?", "all_fail_with_expert", "step prompt n n_experts expert_chars"),
 )
+SHOWN = 12
 
 
 def demo(folder: Path, fresh: bool, say: Say = print) -> dict[str, Any]:
@@ -43,15 +53,36 @@ def demo(folder: Path, fresh: bool, say: Say = print) -> dict[str, Any]:
         policy = lab.ingest(dumps / "train", run="demo")
         expert = lab.ingest(dumps / "expert", run="expert", role="expert")
         say(f"echolab ingest: {policy.rows + expert.rows:,} rollouts new in {store}")
-        answers = {}
-        for question, name in QUESTIONS:
-            frame = lab.query(name, run="demo")
-            answers[name] = frame.to_dicts()
-            sampled = frame.gather_every(max(1, frame.height // 12)) if "step" in frame.columns else frame
-            some = f", every {max(1, frame.height // 12)}th step" if "step" in frame.columns else ""
-            say(f"\n{question}\n  echolab query {name} --param run=demo --store {store}{some}\n\n{table(sampled, 12)}")
+        answers = {name: lab.query(name, run="demo") for _, name, _ in QUESTIONS}
+    for question, name, columns in QUESTIONS:
+        shown, which = _some(answers[name])
+        say(f"\n{question}\n$ echolab query {name} --param run=demo --store {store}{which}\n")
+        say(table(shown.select(columns.split()), 0))
+    say(_in_words(answers))
     say(f'Ask on: echolab sql "SELECT kind, count(*) FROM groups GROUP BY kind" --store {store}')
-    return {"store": str(store), "answers": answers}
+    return {"store": str(store), "answers": {name: frame.to_dicts() for name, frame in answers.items()}}
+
+
+def _some(frame: pl.DataFrame) -> tuple[pl.DataFrame, str]:
+    """Rows for a screen and a word that says which: spread over the steps, else the first ones."""
+    every = -(-frame.height // SHOWN)
+    if every <= 1:
+        return frame, ""
+    if "step" not in frame.columns:
+        return frame.head(SHOWN // 2), f"   (the first of {frame.height})"
+    return frame.gather_every(every, offset=every - 1), f"   (every {every}th row)"
+
+
+def _in_words(answers: dict[str, pl.DataFrame]) -> str:
+    shares = answers["degenerate_by_step"].select("step", "share_degenerate").rows()
+    below = max((step for step, share in shares if share < 0.9), default=0)
+    cost = answers["wasted_tokens"]
+    problems = Counter(answers["degenerate_prompts"]["status"])
+    return (
+        f"In short: from step {below + 1} on at least 90 % of the groups teach nothing. In all, {cost['wasted'].sum():,} of"
+        f" {cost['total'].sum():,} characters went into such groups.\nProblems: {problems['saturated']} solved for good,"
+        f" {problems['never_solved']} never solved, {problems['forgotten']} solved and lost again.\n"
+    )
 
 
 def write_dumps(folder: Path) -> None:

@@ -491,3 +491,16 @@ def test_a_root_with_odd_characters_is_read(tmp_path, add_reading):
     store = Store.create(Path(tmp_path) / "it's a store")
     add_reading(store, group("a", [0, 1], run="it's/100%"))
     assert ask(store, "SELECT run FROM groups").item() == "it's/100%"
+
+
+@pytest.mark.parametrize("column", ["run", "split", "role"])
+def test_a_column_that_is_the_same_in_all_files_answers_as_one_that_differs(make_store, add_reading, column):
+    """What all files agree on is not read from them: then every group must still be there, under the right name."""
+    other = {"run": "s", "split": "eval", "role": "expert"}[column]
+    alike = make_store([{"group": "g", "reward": r} for r in (0.0, 1.0)])
+    query = f"SELECT {column}, kind, n FROM groups ORDER BY ALL"
+    own = {"run": "r", "split": "train", "role": "policy"}[column]
+    assert ask(alike, query).rows() == [(own, "mixed", 2)]
+    assert ask(alike, f"SELECT count(*) FROM rollouts WHERE {column} = '{other}'").item() == 0
+    add_reading(alike, [{"group": "h", "reward": 1.0, column: other} for _ in range(3)])
+    assert ask(alike, query).rows() == sorted([(own, "mixed", 2), (other, "all_success", 3)])
