@@ -59,14 +59,18 @@ class Open:
     start_step: int | None = None
     end_step: int | None = None
     unknown_steps: int = 0
+    rewarded: bool = False
     tail: dict[str, Any] | None = None
     bad: list[Bad] = field(default_factory=list)
+
+    first_reason: str = ""
 
     def stored(self, fields: dict[str, Any], made: Mapping[str, str | None] | None) -> None:
         """One of its rows is on its way into the store."""
         self.report.rows += 1
         self.group_sources.add(str((made or {})["group_source"]))
         self.unknown_steps += fields["step"] is None
+        self.rewarded = self.rewarded or fields.get("reward") is not None
         if (step := fields["step"]) is not None:
             self.start_step = step if self.start_step is None else min(step, self.start_step)
             self.end_step = step if self.end_step is None else max(step, self.end_step)
@@ -81,7 +85,7 @@ def ingest(store: Store, paths: Sequence[str | Path], config: IngestConfig, prog
     if not plans:
         raise EcholabError(nothing_known(paths, report))
     todo = [p for p in plans if p.status != "unchanged"]
-    report.files += [FileReport(p.rel, "unchanged", p.reader.NAME) for p in plans if p.status == "unchanged"]
+    report.files += [_unchanged(p, snapshot.ledger, config) for p in plans if p.status == "unchanged"]
     with store.job("ingest") as folder:
         job = _Ingest(store, snapshot, config, folder, report)
         job.read(todo, progress)
@@ -98,6 +102,15 @@ def ingest(store: Store, paths: Sequence[str | Path], config: IngestConfig, prog
             auto(store, table)
         except EcholabError as e:  # the rollouts are in the store all the same
             report.notes.append(f"small files were not merged: {e}")
+    return report
+
+
+def _unchanged(plan: Plan, ledger: Ledger, config: IngestConfig) -> FileReport:
+    report = FileReport(plan.rel, "unchanged", plan.reader.NAME)
+    if bad := ledger.n_quarantined(plan.beginning):
+        report.notes.append(f"{bad:,} of its rows are in quarantine")
+    if config.attempt and plan.continues and plan.continues.attempt != config.attempt:
+        report.notes.append(f"--attempt {config.attempt} is not used: it was read as attempt {plan.continues.attempt}")
     return report
 
 
@@ -228,6 +241,7 @@ class _Ingest:
     def _bad(self, reading: Open, bad: Bad) -> None:
         reading.bad.append(bad)
         reading.report.quarantined += 1
+        reading.first_reason = reading.first_reason or bad.reason
         if bad.tail:
             reading.tail = {"bytes": len(bad.raw), "sha256": hashlib.sha256(bad.raw).hexdigest()}
         if len(reading.bad) >= 1_000 or len(bad.raw) >= CHUNK_BYTES // 16:
@@ -268,7 +282,7 @@ class _Ingest:
             self.staged[-1].result()
         tables, self.tables = self.tables, []
         if tables:
-            self.staged.append(self.pool.submit(lambda: self.store.stage("rollouts", pa.concat_tables(tables), self.folder)))
+            self.staged.append(self.pool.submit(lambda: self.store.stage("rollouts", _together(tables), self.folder)))
 
     def _close(self, reading: Open) -> None:
         """The whole file is read; what it found is known."""
@@ -281,6 +295,10 @@ class _Ingest:
         report.notes += reading.source.notes
         if reading.identify.step_of_path_used:
             report.notes.append(f"step {reading.identify.path_step} is from the path, where the rows have none")
+        if report.rows and not reading.rewarded and config.role == "policy":
+            report.notes.append("no rollout has a reward: its groups are unrewarded")
+        if report.quarantined:
+            report.notes.append(f"{report.quarantined:,} rows could not be read, the first because: {reading.first_reason}")
         by_prompt = not reading.group_sources.isdisjoint(("prompt_text", "prompt_ids"))
         if config.group_size and by_prompt:
             report.notes.append(
@@ -398,6 +416,13 @@ def _disjoint(readings: Sequence[Open]) -> bool:
     found = [r for r in readings if r.report.rows]
     ranges = sorted((r.start_step, r.end_step) for r in found if r.start_step is not None and r.end_step is not None)
     return len(ranges) == len(found) and all(a[1] < b[0] for a, b in pairwise(ranges))
+
+
+def _together(tables: list[pa.Table]) -> pa.Table:
+    """One table, held by nobody else: it is let go as soon as its sorted copy stands."""
+    whole = pa.concat_tables(tables)
+    tables.clear()
+    return whole
 
 
 def _extreme(staged: Sequence[Staged], end: str) -> int | None:

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echolab.errors import EcholabError
 from echolab.plan import IngestConfig
 from echolab.sql import Options, Session
 from echolab.store import Snapshot, Store
@@ -43,13 +44,32 @@ class Lab:
             self._session = key, Session(snapshot, options)
         return self._session[1]
 
-    def sql(self, query: str, **options: Any) -> pl.DataFrame:
-        """One SELECT over the views. Options: `verifier`, `scorer`, `segmenter`, `tol`, `success_threshold`."""
-        return self.session(Options(**options)).sql(query)
+    def sql(
+        self,
+        query: str,
+        *,
+        verifier: str | None = None,
+        scorer: str | None = None,
+        segmenter: str | None = None,
+        success_threshold: float | None = None,
+        tol: float = 1e-6,
+    ) -> pl.DataFrame:
+        """One SELECT over the views. A chosen verifier's word takes the place of the recorded rewards; `tol` and
+        `success_threshold` judge otherwise than the run says."""
+        return self.session(Options(tol, success_threshold, verifier, scorer, segmenter)).sql(query)
 
-    def query(self, name: str, options: Options | None = None, **params: Any) -> pl.DataFrame:
+    def query(
+        self,
+        name: str,
+        /,
+        *,
+        verifier: str | None = None,
+        scorer: str | None = None,
+        segmenter: str | None = None,
+        **params: Any,
+    ) -> pl.DataFrame:
         """A named query: `lab.query("degenerate_by_step", run="demo")`. `echolab query --list` shows them."""
-        return self.session(options).query(name, **params)
+        return self.session(Options(verifier=verifier, scorer=scorer, segmenter=segmenter)).query(name, **params)
 
     def ingest(
         self, paths: str | Path | Sequence[str | Path], *, run: str, progress: Progress | None = None, **options: Any
@@ -58,6 +78,8 @@ class Lab:
         `rename` is its `--as`."""
         from echolab.ingest import ingest
 
+        if self._fixed is not None:
+            raise EcholabError("this lab looks at an earlier state of its store: open it without version or at to write")
         given = [paths] if isinstance(paths, str | Path) else paths
         return ingest(self.store, given, IngestConfig.make(run=run, **options), progress)
 

@@ -50,7 +50,7 @@ def info(snapshot: Snapshot) -> dict[str, Any]:
     return {
         "path": str(snapshot.store.root),
         "format": snapshot.store.format,
-        "version": snapshot.versions.get("ingests"),
+        "version": snapshot.versions.get("ingests", 0),
         "rollouts": sum(run["rollouts"] for run in runs.values()),
         "runs": runs,
         "readings": {"live": len(ledger.live), "superseded": len(ledger.readings) - len(ledger.live)},
@@ -87,7 +87,7 @@ def _count_shown(snapshot: Snapshot, runs: Sequence[str]) -> list[tuple[str, int
 
 
 def history(store: Store, table: str | None = None) -> list[dict[str, Any]]:
-    """Commits of all tables, oldest first. `store_version` stands where the ledger moved: those are the versions that
+    """Commits of all tables, oldest first. `version` stands where the ledger moved: those are the versions that
     a store can be opened at. Rows and files are NULL where the log does not say."""
     if table is not None and table not in TABLES:
         raise EcholabError(f"no table {table}: there are {', '.join(TABLES)}")
@@ -101,13 +101,13 @@ def history(store: Store, table: str | None = None) -> list[dict[str, Any]]:
                 {
                     "time": datetime.fromtimestamp(h["timestamp"] / 1000, UTC),
                     "table": name,
-                    "version": h["version"],
-                    "store_version": h["version"] if name == "ingests" else None,
+                    "table_version": h["version"],
+                    "version": h["version"] if name == "ingests" else None,
                     "operation": h.get("echolab.kind") or _OPERATIONS.get(h["operation"], h["operation"].lower()),
                     **{k: None if v is None else int(v) for k, v in counts.items()},
                 }
             )
-    return sorted(commits, key=lambda c: (c["time"], c["table"] == "ingests", c["table"], c["version"]))
+    return sorted(commits, key=lambda c: (c["time"], c["table"] == "ingests", c["table"], c["table_version"]))
 
 
 _OPERATIONS = {"CREATE TABLE": "create", "VACUUM END": "vacuum", "ADD COLUMN": "migrate", "ADD COLUMNS": "migrate"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 
 from echolab.errors import EcholabError, WrongUsage
 from echolab.ledger import Ledger, Reading
-from echolab.readers import READERS, Reader, choose
+from echolab.readers import READERS, Reader, choose, look
 from echolab.rows import Overrides
 from echolab.store import MARKER, Snapshot, partition_folder
 
@@ -63,6 +64,13 @@ class IngestConfig(BaseModel):
         if format not in known:
             raise ValueError(f"unknown format {format!r}: use {', '.join(known)}")
         return format
+
+    @field_validator("step")
+    @classmethod
+    def _step(cls, step: int | None) -> int | None:
+        if step is not None and step < 0:
+            raise ValueError("must not be negative")
+        return step
 
     @field_validator("group_size", "attempt")
     @classmethod
@@ -119,6 +127,9 @@ class IngestConfig(BaseModel):
             problem = e.errors()[0]
             where = ".".join(str(p) for p in problem["loc"])
             message = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(where, cls.model_fields, 1)
+                message = f"no such option{'; did you mean ' + near[0] + '?' if near else ''}"
             raise WrongUsage(f"{where}: {message}" if where else message) from None
 
     def given(self, format: str) -> dict[str, Any]:
@@ -254,8 +265,7 @@ def make_plan(ledger: Ledger, path: Path, rel: str, typed: str, config: IngestCo
     """Compare a file with the ledger: new, to be continued, to be replaced, unchanged, or nobody's (None, and reported)."""
     chosen = choose(path, config.format, mapped=bool(config.map))
     if chosen is None:
-        what = "the file is empty" if path.stat().st_size == 0 else "no reader knows this file"
-        report.files.append(FileReport(rel, "skipped", notes=[what]))
+        report.files.append(FileReport(rel, "skipped", notes=[_why_unknown(path)]))
         return None
     reader, known_by = chosen
     chain = ledger.chain(config.run, rel)
@@ -273,11 +283,20 @@ def make_plan(ledger: Ledger, path: Path, rel: str, typed: str, config: IngestCo
         if stat.st_size > last.bytes_read and reader.CONTINUES and not last.options["found"].get("whole"):
             return replace(plan, status="continued")
         plan = replace(plan, continues=None, sha=None)
-    if config.replace:
+    if config.replace or not any(r.n_rows for r in chain):  # nothing is lost where nothing could be read
         return replace(plan, status="replaced", supersedes=tuple(r.ingest_id for r in chain))
     if config.attempt and config.attempt > max(r.attempt for r in chain) and same_options:
         return plan
     raise EcholabError(_changed(path, rel, chain, same_options, bool(last), config, reader.NAME))
+
+
+def _why_unknown(path: Path) -> str:
+    if path.stat().st_size == 0:
+        return "the file is empty"
+    if path.suffix in (".gz", ".zst", ".zip", ".bz2", ".xz"):
+        return "no reader knows compressed files: unpack it first"
+    fields = sorted(look(path).keys)
+    return f"no reader knows this file{', whose rows have ' + ', '.join(fields[:20]) if fields else ''}"
 
 
 def read_again(plan: Plan, chain: tuple[Reading, ...], attempt: int, first_step: int | None) -> Plan | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,22 +17,31 @@ from echolab.errors import EcholabError
 from echolab.schema import TABLES
 
 _LINE = re.compile(r"-- (\w+): (.+)")
-_PARAM = re.compile(r"(\w+) (text|int|float|bool|list) = (.+?) \| (.+)")
+_PARAM = re.compile(r"(\w+) (text|int|float|bool|list)(?:\{([\w,]+)\}|>=(-?\d+))? = (.+?) \| (.+)")
 
 
 @dataclass(frozen=True)
 class Param:
+    """One parameter, as its header line has it: `name type{choices}>=lowest = default | doc`."""
+
     name: str
     type: str
     default: str  # as the header writes it
     doc: str
+    choices: tuple[str, ...] = ()
+    lowest: int | None = None
 
     def parse(self, value: Any) -> Any:
         """The value of a parameter from Python or from the command line, where everything is text."""
         try:
-            return None if value is None else _PARSERS[self.type](value)
-        except (ValueError, TypeError):
+            parsed = None if value is None else _PARSERS[self.type](value)
+        except (ValueError, TypeError, KeyError):
             raise EcholabError(f"parameter {self.name} is {_KINDS[self.type]}, not {value!r}") from None
+        if parsed is not None and self.choices and parsed not in self.choices:
+            raise EcholabError(f"parameter {self.name} is {', '.join(self.choices[:-1])} or {self.choices[-1]}, not {value!r}")
+        if parsed is not None and self.lowest is not None and parsed < self.lowest:
+            raise EcholabError(f"parameter {self.name} is at least {self.lowest}, not {value}")
+        return parsed
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,7 @@ def find_query(name: str) -> Query:
 def parse_query(name: str, text: str) -> Query:
     """Strict: a header that does not say everything is an error."""
     fields, sql = _header(name, text, ("title", "answers", "param", "example"))
-    params = tuple(Param(*_match(name, _PARAM, line)) for line in fields["param"])
+    params = tuple(_param(*_match(name, _PARAM, line)) for line in fields["param"])
     query = Query(name, " ".join(fields["title"]), " ".join(fields["answers"]), params, tuple(fields["example"]), sql)
     if len(fields["title"]) != 1 or not query.answers or not query.examples:
         raise _malformed(name, "it needs one title, and at least one line of answers and of example")
@@ -107,6 +117,12 @@ def parse_query(name: str, text: str) -> Query:
         raise _malformed(name, f"it documents {sorted(p.name for p in params)} and uses {sorted(used)}")
     query.bind({})  # the defaults have their types
     return query
+
+
+def _param(name: str, type: str, choices: str | None, lowest: str | None, default: str, doc: str) -> Param:
+    return Param(
+        name, type, default, doc, tuple((choices or "").split(",")) if choices else (), int(lowest) if lowest else None
+    )
 
 
 def parse_view(name: str, text: str) -> ViewFile:
@@ -155,7 +171,10 @@ def _as_int(value: Any) -> int:
 def _as_float(value: Any) -> float:
     if isinstance(value, bool):
         raise TypeError
-    return float(value)
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
 
 
 def _as_bool(value: Any) -> bool:

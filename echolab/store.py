@@ -117,6 +117,8 @@ class Store:
     def open(cls, path: str | Path) -> Store:
         root = _root(path)
         store = cls(root)
+        if not root.exists():
+            raise EcholabError(f"{path}: no such folder; `echolab ingest` and `echolab store init` make a store")
         if not (root / MARKER).exists():
             raise EcholabError(f"{root} is not an echolab store: make one with `echolab store init --store {path}`")
         if store.format > FORMAT_VERSION:
@@ -245,8 +247,8 @@ class Store:
     def stage(self, table: str, rows: pa.Table, folder: Path) -> list[Staged]:
         """Write rows as one finished Parquet file for each partition value: sorted, encoded, synced, renamed."""
         spec = TABLES[table]
-        rows = conform(rows, spec.arrow)
         self._require_current(table)
+        rows = sort_rows(spec, conform(rows, spec.arrow))  # the unsorted ones are free now, if the caller let them go
         if spec.partition is None:
             return [_stage(spec, rows, None, folder)] if rows.num_rows else []
         values = pc.unique(rows[spec.partition]).to_pylist()
@@ -360,7 +362,7 @@ def partition_folder(column: str, value: str | None) -> str:
 
 def _stage(spec: Table, rows: pa.Table, partition: str | None, folder: Path) -> Staged:
     path = folder / f"{ids.random_id()}.parquet"
-    finish_file(path, spec, row_groups(sort_rows(spec, rows)))
+    finish_file(path, spec, row_groups(rows))
     return Staged(spec.name, path, rows.num_rows, partition, statistics(spec, rows))
 
 

@@ -27,6 +27,7 @@ from pipelines.options import (
     VerifierOption,
     VersionOption,
     argument,
+    count,
     number,
     open_lab,
     option,
@@ -72,7 +73,12 @@ def main() -> None:
 
 
 def _usage(error: Any) -> int:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error.format_message())
+        return USAGE
     where = error.ctx.command_path if error.ctx else "echolab"
+    if where.endswith(" query") and (wrong := getattr(error, "option_name", "")):
+        return _fail(f"No such option: {wrong}; parameters of a query are given by --param {wrong.lstrip('-')}=VALUE", USAGE)
     return _fail(f"{error.format_message()} (see `{where} --help`)", USAGE)
 
 
@@ -138,40 +144,47 @@ def ingest(
         raise typer.Exit(PARTLY)
 
 
+GROUPS_BY = {
+    "explicit": "the dump's own keys",
+    "contiguous": "consecutive rows",
+    "prompt_text": "prompt and ground truth",
+    "prompt_ids": "prompt ids and ground truth",
+}
+
+
 def _print_ingest(report: Any, root: Path) -> None:
     shown = report.files if len(report.files) <= 20 else [f for f in report.files if f.status in ("failed", "skipped")][:20]
     for f in shown:
-        known = f" as {f.format} ({f.known_by})" if f.known_by else ""
-        numbers = f": {f.rows:,} rollouts" if f.status in ("ingested", "continued", "replaced") else ""
-        numbers += f", groups by {f.groups_by}" if f.groups_by else ""
-        print(f"{f.file}: {f.status}{known}{numbers}")
+        print(f"{f.file}: {f.status}{_how(f)}")
         for note in f.notes:
             print(f"    {note}")
-        if f.quarantined:
-            print(f"    {f.quarantined:,} rows could not be read")
         if f.shared:
             conflicts = f", {f.conflicts:,} of them with another reward" if f.conflicts else ""
-            print(f"    {f.shared:,} rollouts were in the store already and show once{conflicts}")
+            print(f"    {count(f.shared, 'rollout')} known already, which show once{conflicts}")
     if len(shown) < len(report.files):
-        _print_many(report.files)
-    print(f"run {report.run}: {report.rows:,} rollouts new in {root}")
+        kinds: dict[str, list[Any]] = {}
+        for f in report.files:
+            kinds.setdefault(f"{f.status}{_how(f, counted=False)}", []).append(f)
+        for kind, members in kinds.items():
+            print(f"{len(members):,} files {kind}: {count(sum(f.rows for f in members), 'rollout')}")
+        for note in dict.fromkeys(n for f in report.files if f.status not in ("failed", "skipped") for n in f.notes):
+            print(f"    {note}")
+    known = sum(f.shared for f in report.files)
+    print(
+        f"run {report.run}: {count(report.rows - known, 'rollout')} new in {root}"
+        + (f", {known:,} known already" if known else "")
+    )
     for note in report.notes:
         print(note)
     if report.quarantined:
-        print(f"{report.quarantined:,} rows are in quarantine, with reason and bytes: {root / '_quarantine'}")
+        print(f"{count(report.quarantined, 'row')} in quarantine, with reason and bytes: {root / '_quarantine'}")
 
 
-def _print_many(files: list[Any]) -> None:
-    """A line for each way of reading instead of a line for each file."""
-    kinds: dict[tuple, list[Any]] = {}
-    for f in files:
-        kinds.setdefault((f.status, f.format, f.known_by, f.groups_by), []).append(f)
-    for (status, format, known_by, groups_by), members in kinds.items():
-        known = f" as {format} ({known_by})" if known_by else ""
-        groups = f", groups by {groups_by}" if groups_by else ""
-        print(f"{len(members):,} files {status}{known}: {sum(f.rows for f in members):,} rollouts{groups}")
-    for note in dict.fromkeys(n for f in files if f.status not in ("failed", "skipped") for n in f.notes):
-        print(f"    {note}")
+def _how(f: Any, counted: bool = True) -> str:
+    known = f" as {f.format} ({f.known_by})" if f.known_by else ""
+    groups = " and ".join(GROUPS_BY[g] for g in f.groups_by.split("+")) if f.groups_by else ""
+    numbers = f": {count(f.rows, 'rollout')}" if counted and f.status in ("ingested", "continued", "replaced") else ""
+    return f"{known}{', groups by ' + groups if groups else ''}{numbers}"
 
 
 @app.command()
@@ -180,7 +193,7 @@ def query(
     param: Annotated[list[str] | None, option("A parameter of the query.", "--param", "-p", metavar="NAME=VALUE")] = None,
     list_: Annotated[bool, typer.Option("--list", help="Show the queries and their parameters.")] = False,
     store: StoreOption = None,
-    format: FormatOption = "table",
+    format: FormatOption = None,
     out: OutOption = None,
     rows: RowsOption = 50,
     verifier: VerifierOption = None,
@@ -202,7 +215,7 @@ def query(
     if name is None:
         raise typer.BadParameter("which query? `echolab query --list` shows them", param_hint="NAME")
     with open_lab(store, version, at) as lab:
-        frame = lab.query(name, view_options(verifier, scorer, segmenter), **pairs(param or [], "--param"))
+        frame = lab.session(view_options(verifier, scorer, segmenter)).query(name, **pairs(param or [], "--param"))
     write(frame, "json" if json_ else format, out, rows)
 
 
@@ -217,7 +230,8 @@ def _list_queries(json_: bool) -> None:
     for q in queries:
         print(f"{q.name}: {q.title}\n    {q.answers}")
         for p in q.params:
-            print(f"    --param {p.name}={p.type}  {p.doc} (default {p.default})")
+            kind = " | ".join(p.choices) or p.type
+            print(f"    --param {p.name}={kind}  {p.doc} (default {p.default})")
         print("".join(f"    {e}\n" for e in q.examples))
 
 
@@ -225,7 +239,7 @@ def _list_queries(json_: bool) -> None:
 def sql(
     text: Annotated[str | None, argument("One SELECT; without it a prompt, or stdin.", "QUERY")] = None,
     store: StoreOption = None,
-    format: FormatOption = "table",
+    format: FormatOption = None,
     out: OutOption = None,
     rows: RowsOption = 50,
     verifier: VerifierOption = None,

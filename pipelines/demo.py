@@ -38,15 +38,20 @@ QUESTIONS = (
     ("Which hopeless ones could an expert teach?", "all_fail_with_expert", "step prompt n n_experts expert_chars"),
 )
 SHOWN = 12
+MARKER = ".echolab-demo"  # says that a folder is a demo's
 
 
 def demo(folder: Path, fresh: bool, say: Say = print) -> dict[str, Any]:
     """Make (or reuse) the demo in `folder`, and say what its store answers."""
     dumps, store = folder / "dumps", folder / "store"
-    if fresh and folder.exists():
-        if not (dumps / "train" / "1.jsonl").exists() and any(folder.iterdir()):
-            raise EcholabError(f"{folder} does not look like a demo: give another --keep")
-        shutil.rmtree(folder)
+    marker = folder / MARKER
+    if folder.exists() and not marker.exists() and any(folder.iterdir()):
+        raise EcholabError(f"{folder} is not empty and no demo: give another --keep")
+    if fresh:  # what a demo makes, and nothing else that may lie there
+        for made in (dumps / "train", dumps / "expert", store):
+            shutil.rmtree(made, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.touch()
     say(f"A simulated run of {STEPS} steps, {PROMPTS} prompts a step, {SAMPLES} samples a prompt, dumped as verl does: {dumps}")
     write_dumps(dumps)
     with echolab.open(store, create=True) as lab:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from echolab.errors import EcholabError
+from echolab.errors import EcholabError, WrongUsage
 
 if TYPE_CHECKING:
     from echolab.lab import Lab
@@ -34,11 +34,15 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on s
 VerifierOption = Annotated[str | None, option("Take rewards and success from this verifier.")]
 ScorerOption = Annotated[str | None, option("Show token numbers of this scorer.")]
 SegmenterOption = Annotated[str | None, option("Show segments of this segmenter.")]
-FormatOption = Annotated[str, typer.Option("--format", "-f", help="table, csv, json, md or parquet.")]
+FormatOption = Annotated[str | None, option("table, csv, json, md or parquet.", "--format", "-f")]
 OutOption = Annotated[Path | None, option("Write to this file.", "--out", "-o")]
-RowsOption = Annotated[int, typer.Option("--rows", help="Rows of a table to show; 0 shows all.")]
+RowsOption = Annotated[int, typer.Option("--rows", min=0, help="Rows of a table to show; 0 shows all.")]
 AtOption = Annotated[datetime | None, option("The store as it stood at this time (UTC).")]
 VersionOption = Annotated[int | None, option("The store as it stood at this version.", "--version")]
+
+
+def count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def say(text: str) -> None:
@@ -60,6 +64,8 @@ def store_path(path: Path | None) -> Path:
 def open_lab(path: Path | None, version: int | None = None, at: datetime | None = None) -> Lab:
     import echolab
 
+    if at is not None and version is not None:
+        raise WrongUsage("give --version or --at, not both")
     if at is not None and at.tzinfo is None:
         at = at.replace(tzinfo=UTC)
     return echolab.open(store_path(path), version=version, at=at)

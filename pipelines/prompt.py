@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from echolab.errors import EcholabError
+from pipelines.options import count
 from pipelines.render import table
 
 if TYPE_CHECKING:
@@ -32,13 +34,14 @@ def prompt(session: Session, rows: int) -> None:
         except EOFError:
             print()
             break
-        if not lines and line.strip().startswith("."):
-            if line.strip() in (".quit", ".exit"):
-                break
-            print(_command(session, line.strip()))
+        word = line.strip().rstrip(";").lower()
+        if not lines and word in (".quit", ".exit", "quit", "exit", "\\q"):
+            break
+        if not lines and (word.startswith(".") or word in ("", "help")):
+            print(_command(session, word) if word else "", end="\n" if word else "")
             continue
         lines.append(line)
-        if line.rstrip().endswith(";"):
+        if re.sub(r"--.*$", "", line).rstrip().endswith(";"):
             _answer(session, "\n".join(lines), rows)
             lines = []
     _save_history(history)
@@ -54,17 +57,17 @@ def _answer(session: Session, query: str, rows: int) -> None:
         print("interrupted")
     else:
         print(table(frame, rows), end="")
-        print(f"{frame.height:,} rows in {time.monotonic() - started:.2f} s")
+        print(f"{count(frame.height, 'row')} in {time.monotonic() - started:.2f} s")
 
 
 def _command(session: Session, command: str) -> str:
     if command == ".views":
-        return "\n".join(session.sql("SELECT view_name FROM duckdb_views() WHERE NOT internal ORDER BY 1")["view_name"])
+        return "\n".join(session.sql("SHOW TABLES")["name"])
     if command == ".queries":
         from echolab.queries import list_queries
 
         return "\n".join(f"{q.name}: {q.title}" for q in list_queries())
-    return HELP
+    return HELP if command in ("help", ".help") else f"no command {command}. {HELP}"
 
 
 def _load_history() -> Path | None:

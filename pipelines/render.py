@@ -12,24 +12,27 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from echolab.errors import EcholabError
+from echolab.errors import WrongUsage
 
 if TYPE_CHECKING:
     import polars as pl
 
 FORMATS = ("table", "csv", "json", "md", "parquet")
+SUFFIXES = {".csv": "csv", ".json": "json", ".md": "md", ".parquet": "parquet"}
 SHOWN_ROWS = 50
 CELL_CHARS = 60
 SAFE_INTEGER = 2**53  # above it, readers of JSON lose digits
 
 
-def write(frame: pl.DataFrame, format: str, out: Path | None, rows: int = SHOWN_ROWS) -> None:
-    """Write a frame to a file or to stdout. Only a table leaves rows out, and says so."""
+def write(frame: pl.DataFrame, format: str | None, out: Path | None, rows: int = SHOWN_ROWS) -> None:
+    """Write a frame to a file, by its suffix where no format is given, or to stdout. Only a table on stdout leaves
+    something out, and says so."""
+    format = format or SUFFIXES.get(out.suffix.lower() if out else "", "table")
     if format not in FORMATS:
-        raise EcholabError(f"unknown format {format!r}: use {', '.join(FORMATS)}")
+        raise WrongUsage(f"unknown format {format!r}: use {', '.join(FORMATS)}")
     if format == "parquet":
         if out is None:
-            raise EcholabError("Parquet goes to a file: give --out FILE")
+            raise WrongUsage("Parquet goes to a file: give --out FILE")
         frame.write_parquet(out)
         return
     if out is None:
@@ -40,7 +43,7 @@ def write(frame: pl.DataFrame, format: str, out: Path | None, rows: int = SHOWN_
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     else:
         with out.open("w", encoding="utf-8", newline="") as f:
-            _text(frame, format, rows, f)
+            _text(frame, format, 0, f)
 
 
 def _text(frame: pl.DataFrame, format: str, rows: int, out: TextIO) -> None:
@@ -68,7 +71,20 @@ def _json(frame: pl.DataFrame, out: TextIO) -> None:
 
 
 def _type(dtype: Any) -> str:
-    return str(dtype).replace("String", "text")
+    """A type by its SQL name."""
+    import polars as pl
+
+    names = {
+        pl.String: "VARCHAR", pl.Boolean: "BOOLEAN", pl.Int8: "TINYINT", pl.Int16: "SMALLINT", pl.Int32: "INTEGER",
+        pl.Int64: "BIGINT", pl.UInt64: "UBIGINT", pl.Float32: "FLOAT", pl.Float64: "DOUBLE", pl.Binary: "BLOB", pl.Date: "DATE",
+    }  # fmt: skip
+    if isinstance(dtype, pl.List):
+        return _type(dtype.inner) + "[]"
+    if isinstance(dtype, pl.Struct):
+        return "STRUCT(" + ", ".join(f'"{f.name}" {_type(f.dtype)}' for f in dtype.fields) + ")"
+    if isinstance(dtype, pl.Datetime):
+        return "TIMESTAMP WITH TIME ZONE" if dtype.time_zone else "TIMESTAMP"
+    return names.get(dtype.base_type(), str(dtype).upper())
 
 
 def plain(value: Any) -> Any:
@@ -103,10 +119,13 @@ def _csv(frame: pl.DataFrame, out: TextIO) -> None:
 
 
 def table(frame: pl.DataFrame, rows: int = SHOWN_ROWS) -> str:
-    """Aligned columns; long texts are cut, and so are rows beyond `rows` (0: none are)."""
+    """Aligned columns. Rows beyond `rows` are left out and long texts cut; 0 shows all."""
+    if frame.columns == ["explain_key", "explain_value"]:
+        return "\n".join(frame["explain_value"]) + "\n"
     shown = frame.head(rows) if rows else frame
+    chars = CELL_CHARS if rows else None
     numeric = [t.is_numeric() for t in frame.dtypes]
-    cells = [[cell(v) for v in row] for row in shown.iter_rows()]
+    cells = [[cell(v, chars) for v in row] for row in shown.iter_rows()]
     widths = [max([len(n), *(len(r[i]) for r in cells)]) for i, n in enumerate(frame.columns)]
 
     def line(values: list[str]) -> str:
@@ -130,7 +149,7 @@ def markdown(frame: pl.DataFrame) -> str:
     return "".join("| " + " | ".join(row) + " |\n" for row in lines)
 
 
-def cell(value: Any) -> str:
+def cell(value: Any, chars: int | None = None) -> str:
     """One value on one line. Control characters of a model's text do not reach the terminal."""
     if value is None:
         return ""
@@ -138,7 +157,7 @@ def cell(value: Any) -> str:
         return f"{value:.6g}"
     text = value.isoformat(sep=" ", timespec="seconds") if isinstance(value, datetime) else str(value)
     text = "".join(c if c.isprintable() else "·" for c in " ".join(text.split()))
-    return text if len(text) <= CELL_CHARS else text[: CELL_CHARS - 1] + "…"
+    return text if chars is None or len(text) <= chars else text[: chars - 1] + "…"
 
 
 def facts(document: dict[str, Any], indent: int = 0) -> str:

@@ -49,7 +49,13 @@ def store_history(store: StoreOption = None, rows: RowsOption = 50, json_: JsonO
     from pipelines.render import table
 
     commits = history(open_lab(store).store)
-    print_json(commits) if json_ else print(table(pl.DataFrame(commits, infer_schema_length=None), rows), end="")
+    if json_:
+        print_json(commits)
+    elif not commits:
+        print("no commits yet")
+    else:
+        newest = commits[-rows:] if rows else commits
+        print(table(pl.DataFrame(newest, infer_schema_length=None), 0), end="")
 
 
 @store_app.command("schema")

@@ -74,7 +74,7 @@ def test_ingest_says_what_it_found_and_how(store, tmp_path):
     dumps = store.parent / "dumps"
     result = echolab("ingest", dumps, "--run", "again", "--store", tmp_path / "s")
     assert result.returncode == 0
-    assert "48 rollouts" in result.stdout and "verl" in result.stdout and "groups by prompt_text" in result.stdout
+    assert "48 rollouts" in result.stdout and "verl" in result.stdout and "groups by prompt and ground truth" in result.stdout
     again = json.loads(echolab("ingest", dumps, "--run", "again", "--store", tmp_path / "s", "--json").stdout)
     assert again["rows"] == 0 and {f["status"] for f in again["files"]} == {"unchanged"}
 
@@ -84,7 +84,7 @@ def test_quarantined_rows_exit_with_3_and_say_where_they_are(tmp_path):
     dump.write_text('{"input": "a", "output": "x", "score": 1}\nbroken\n')
     result = echolab("ingest", dump, "--run", "r", "--store", tmp_path / "s")
     assert result.returncode == 3
-    assert "1 rows" in result.stdout and "_quarantine" in result.stdout
+    assert "1 row in quarantine" in result.stdout and "_quarantine" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -107,8 +107,16 @@ def test_quarantined_rows_exit_with_3_and_say_where_they_are(tmp_path):
         (["sql", "SELECT 1 AS a, 2 AS a", "--json", "--store", "{store}"], 1, "a"),
         (["sql", "SELECT 1", "--store", "{tmp}"], 1, "store init"),
         (["sql", "SELECT 1", "--version", "999", "--store", "{store}"], 1, "history"),
-        (["sql", "SELECT 1", "--format", "excel", "--store", "{store}"], 1, "csv"),
-        (["sql", "SELECT 1", "--format", "parquet", "--store", "{store}"], 1, "--out"),
+        (["sql", "SELECT 1", "--format", "excel", "--store", "{store}"], 2, "csv"),
+        (["sql", "SELECT 1", "--format", "parquet", "--store", "{store}"], 2, "--out"),
+        (["sql", "SELECT 1", "--rows", "-1", "--store", "{store}"], 2, "--rows"),
+        (["sql", "SELECT 1", "--version", "1", "--at", "2026-01-01", "--store", "{store}"], 2, "not both"),
+        (["sql", "SELECT 1", "--store", "{tmp}/nowhere"], 1, "no such folder"),
+        (["query", "degenerate_by_step", "--run", "r", "--store", "{store}"], 2, "--param run="),
+        (["query", "degenerate_prompts", "-p", "status=foo", "--store", "{store}"], 1, "saturated"),
+        (["query", "degenerate_prompts", "-p", "streak=0", "--store", "{store}"], 1, "at least 1"),
+        (["query", "advantage_check", "-p", "tolerance=nan", "--store", "{store}"], 1, "a number"),
+        (["ingest", "{store}", "--run", "r", "--step", "-1", "--store", "{tmp}/s"], 2, "negative"),
         (["sql", "SELECT 1", "--verifier", "math", "--store", "{store}"], 1, "math"),
         (["store", "schema", "--format", "xml"], 1, "ddl"),
         (["store", "vacuum", "--unpin", "C", "--store", "{store}"], 1, "C"),
@@ -296,3 +304,36 @@ def _read(master: int) -> bytes:
         return os.read(master, 65536)
     except OSError:  # the terminal closed
         return b""
+
+
+def test_without_arguments_the_help_is_shown_whole():
+    for command in ([], ["store"]):
+        result = echolab(*command)
+        assert result.returncode == 2 and result.stderr == ""
+        assert "Commands:" in result.stdout and result.stdout.count("\n") > 5
+
+
+def test_the_suffix_of_out_is_its_format_and_a_file_is_never_cut(store, tmp_path):
+    query = "SELECT i, repeat('long ', 30) AS t FROM range(100) r(i)"
+    for suffix, read in ((".csv", pl.read_csv), (".parquet", pl.read_parquet)):
+        assert echolab("sql", query, "--out", tmp_path / f"out{suffix}", store=store).returncode == 0
+        assert read(tmp_path / f"out{suffix}").height == 100
+    assert echolab("sql", query, "--out", tmp_path / "out.txt", store=store).returncode == 0
+    lines = (tmp_path / "out.txt").read_text().splitlines()
+    assert len(lines) == 102 and all("long " * 29 in line for line in lines[2:])
+
+
+def test_a_demo_does_not_touch_a_folder_that_is_none(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for fresh in ([], ["--fresh"]):
+        assert "no demo" in refused(echolab("demo", "--keep", tmp_path / "mine", *fresh))
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_a_fresh_demo_leaves_what_it_did_not_make(tmp_path):
+    assert echolab("demo", "--keep", tmp_path / "d").returncode == 0
+    (tmp_path / "d" / "dumps" / "mine.txt").write_text("mine")
+    again = echolab("demo", "--keep", tmp_path / "d", "--fresh")
+    assert again.returncode == 0 and "7,728 rollouts new" in again.stdout
+    assert (tmp_path / "d" / "dumps" / "mine.txt").read_text() == "mine"

@@ -387,7 +387,7 @@ def test_two_files_of_one_name_in_one_command_are_refused(lab, tmp_path):
         ({"run": "r", "format": "excel"}, "unknown format"),
         ({"run": "r", "group_size": 0}, "at least 1"),
         ({"run": "r", "strip_template": "("}, "regular expression"),
-        ({"run": "r", "grup_size": 3}, "grup_size"),
+        ({"run": "r", "grup_size": 3}, "did you mean group_size"),
         ({"run": "r", "map": {"compleetion": "x"}}, "completion"),
         ({"run": "r", "success_threshold": float("nan")}, "finite"),
         ({"run": "r", "failure_reward": float("inf")}, "finite"),
@@ -638,3 +638,25 @@ def test_groups_named_1_and_1_point_0_are_one_and_nan_is_none(lab, tmp_path):
         "c"
     ].to_list()
     assert members == [["0", "1"], ["2"], ["3"]]
+
+
+def test_a_mapped_path_that_no_row_has_is_said_and_so_are_missing_rewards(lab, tmp_path):
+    dump = write(tmp_path / "1.jsonl", [{"q": "p", "ys": ["a", "b"], "infos": [{"score": 1}, {"score": 0}]}])
+    report = lab.ingest(dump, run="r", map={"prompt": "q", "completion": "ys[]", "reward": "infos[].scor"})
+    notes = " ".join(report.files[0].notes)
+    assert "--map reward=infos[].scor: no row has it" in notes and "no rollout has a reward" in notes
+
+
+def test_a_reading_of_which_nothing_was_left_is_replaced_unasked(lab, tmp_path):
+    dump = write(tmp_path / "1.jsonl", [{"prompt": "p", "completion": "x", "reward": 1.0}])
+    assert lab.ingest(dump, run="r", format="verl").quarantined == 1
+    assert lab.ingest(dump, run="r").files[0].status == "replaced"
+    assert lab.sql("SELECT count(*) FROM rollouts").item() == 1
+    assert lab.snapshot.ledger.n_quarantined() == 0
+
+
+def test_an_earlier_state_cannot_be_written(lab, tmp_path):
+    dump = write(tmp_path / "1.jsonl", [verl("p", "x", 1.0)])
+    lab.ingest(dump, run="r")
+    with pytest.raises(EcholabError, match="earlier state"):
+        echolab.open(lab.store.root, version=1).ingest(dump, run="s")

@@ -399,7 +399,7 @@ def test_history_tells_what_each_commit_did_oldest_first(tmp_path):
     commits = history(store)
     assert [c["time"] for c in commits] == sorted(c["time"] for c in commits)
     of_rollouts = [
-        tuple(c[k] for k in ("version", "operation", "files_added", "files_removed", "rows_added", "rows_removed"))
+        tuple(c[k] for k in ("table_version", "operation", "files_added", "files_removed", "rows_added", "rows_removed"))
         for c in commits
         if c["table"] == "rollouts"
     ]
@@ -409,7 +409,7 @@ def test_history_tells_what_each_commit_did_oldest_first(tmp_path):
         (2, "append", 1, 0, 1, 0),
         (3, "compact", 1, 2, 8, 9),  # the row of no reading went
     ]
-    assert [c["store_version"] for c in history(store, "ingests")] == [0, 1]
+    assert [c["version"] for c in history(store, "ingests")] == [0, 1]
     assert {c["table"] for c in commits} == set(TABLES)
     with pytest.raises(EcholabError, match="no table"):
         history(store, "nothing")

@@ -92,6 +92,7 @@ class _Map:
 def read(source: Source) -> Iterator[Row | Bad]:
     plan = _plan(source.options.map)
     checked = source.start > 0
+    absent = plan.columns - {"group"} if not checked else set()
     for item in _items(source):
         if isinstance(item, Bad):
             yield item
@@ -106,8 +107,18 @@ def read(source: Source) -> Iterator[Row | Bad]:
             yield Bad(row, str(e), raw or raw_json(value))
             continue
         for r in rows:
+            if isinstance(r, Row):
+                absent -= {c for c in absent if _has(r.fields, c)}
             r.raw = r.raw or raw
             yield r
+    for column in sorted(absent) if checked else ():
+        source.notes.append(f"--map {column}={source.options.map[column]}: no row has it")
+
+
+def _has(fields: dict[str, Any], column: str) -> bool:
+    if column.startswith("rewards."):
+        return column.removeprefix("rewards.") in (fields.get("rewards") or {})
+    return fields.get("messages" if column == "prompt" and fields.get("prompt") is None else column) is not None
 
 
 def _items(source: Source) -> Iterator[tuple[int, bytes, dict[str, Any]] | Bad]:

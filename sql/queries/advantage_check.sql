@@ -5,7 +5,7 @@
 -- answers: groups that are not what the trainer took for a group, show as neither.
 -- param: run text = NULL | only this run
 -- param: split text = NULL | only this split (train, eval, ...)
--- param: tolerance float = 1e-3 | largest deviation that counts as a fit
+-- param: tolerance float>=0 = 1e-3 | largest deviation that counts as a fit
 -- example: echolab query advantage_check --param tolerance=1e-4
 WITH deviations AS (
   SELECT

@@ -3,14 +3,14 @@
 -- answers: These are the groups where expert knowledge can still teach. The expert with the longest completion is named.
 -- param: run text = NULL | only this run
 -- param: split text = NULL | only this split (train, eval, ...)
--- param: excerpt int = 60 | characters of the prompt to show
+-- param: excerpt int>=0 = 60 | characters of the prompt to show
 -- example: echolab query all_fail_with_expert
 WITH experts AS (
   SELECT
     problem_id,
     count(*) AS n_experts,
     arg_max(
-      {'rollout_id': rollout_id, 'model': model, 'n_chars': n_chars},
+      {'rollout_id': rollout_id, 'run': run, 'file': origin.file, 'model': model, 'n_chars': n_chars},
       {'chars': coalesce(n_chars, -1), 'rollout_id': rollout_id}
     ) AS expert
   FROM rollouts
@@ -29,6 +29,8 @@ SELECT
   g.n,
   e.n_experts,
   e.expert.rollout_id AS expert_rollout_id,
+  e.expert.run AS expert_run,
+  e.expert.file AS expert_file,
   e.expert.model AS expert_model,
   e.expert.n_chars AS expert_chars,
   x.prompt

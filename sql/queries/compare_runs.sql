@@ -1,11 +1,11 @@
 -- title: Two runs side by side
 -- answers: At the same step, how do two runs differ in reward, success, degenerate groups and length?
 -- answers: Steps that only one of them has show with the other's columns NULL.
--- param: a text = NULL | the first run (default: the first by name)
+-- param: a text = NULL | the first run (default: the first policy run by name)
 -- param: b text = NULL | the second run (default: the next by name)
 -- param: split text = NULL | only this split (train, eval, ...)
 -- example: echolab query compare_runs --param a=baseline --param b=echo
-WITH live AS (SELECT DISTINCT run FROM ingests WHERE live),
+WITH live AS (SELECT DISTINCT run FROM groups WHERE role = 'policy'),
 first AS (SELECT coalesce($a::VARCHAR, min(run) FILTER (WHERE run IS DISTINCT FROM $b::VARCHAR)) AS a FROM live),
 pair AS (SELECT a, coalesce($b::VARCHAR, (SELECT min(l.run) FROM live l WHERE l.run <> f.a)) AS b FROM first f),
 sides AS (

@@ -27,7 +27,9 @@ FROM (
     count(*) FILTER (WHERE kind = 'constant') AS constant,
     count(*) FILTER (WHERE kind = 'mixed') AS mixed,
     CASE WHEN max(completeness) = 'all' THEN nullif(count(*) FILTER (WHERE judged(kind)), 0) END AS known,
-    upstream_note(max(completeness)) AS note
+    coalesce(
+      upstream_note(max(completeness)), CASE WHEN NOT bool_or(judged(kind)) THEN 'no group has rewards to compare' END
+    ) AS note
   FROM groups
   WHERE role = 'policy' AND ($run::VARCHAR IS NULL OR run = $run::VARCHAR) AND ($split::VARCHAR IS NULL OR split = $split::VARCHAR)
   GROUP BY run, split, step

@@ -3,8 +3,8 @@
 -- answers: Every rollout of such a group has the same reward, so every advantage is zero.
 -- param: run text = NULL | only this run
 -- param: split text = NULL | only this split (train, eval, ...)
--- param: kind text = NULL | only this kind: all_success, all_fail or constant
--- param: excerpt int = 60 | characters of the prompt to show
+-- param: kind text{all_success,all_fail,constant} = NULL | only this kind: all_success, all_fail or constant
+-- param: excerpt int>=0 = 60 | characters of the prompt to show
 -- example: echolab query degenerate_groups --param kind=all_fail
 WITH degenerate_groups AS (
   SELECT run, split, step, group_id, problem_id, kind, n, n_rewarded, mean AS reward, n_tokens, n_chars

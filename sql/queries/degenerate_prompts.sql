@@ -4,9 +4,9 @@
 -- answers: Visits without rewards do not count.
 -- param: run text = NULL | only this run
 -- param: split text = NULL | only this split (train, eval, ...)
--- param: streak int = 3 | visits in a row that make a problem saturated
--- param: status text = NULL | only saturated, never_solved or forgotten
--- param: excerpt int = 60 | characters of the prompt to show
+-- param: streak int>=1 = 3 | visits in a row that make a problem saturated
+-- param: status text{saturated,never_solved,forgotten} = NULL | only saturated, never_solved or forgotten
+-- param: excerpt int>=0 = 60 | characters of the prompt to show
 -- example: echolab query degenerate_prompts --param streak=5
 WITH visits AS (
   SELECT

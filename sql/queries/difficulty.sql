@@ -3,8 +3,8 @@
 -- answers: Hardest first. quantile is the share of problems that are solved less often; bucket counts from 0 (hardest).
 -- param: run text = NULL | only this run
 -- param: split text = NULL | only this split (train, eval, ...)
--- param: buckets int = 5 | buckets of equal width over the success rate
--- param: excerpt int = 60 | characters of the prompt to show
+-- param: buckets int>=1 = 5 | buckets of equal width over the success rate
+-- param: excerpt int>=0 = 60 | characters of the prompt to show
 -- example: echolab query difficulty --param buckets=10
 WITH excerpts AS (
   SELECT problem_id, min(excerpt(prompt, $excerpt::INTEGER)) AS prompt FROM base.rollouts WHERE role = 'policy' GROUP BY problem_id
