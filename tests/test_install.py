@@ -43,6 +43,6 @@ def test_a_fresh_clone_makes_its_demo_and_installs_nothing_the_second_time(tmp_p
         pytest.skip("not a git checkout")
     run("git", "clone", "--quiet", ROOT, tmp_path / "clone", cwd=tmp_path)
     first = run("make", "demo", cwd=tmp_path / "clone")
-    assert "Which groups teach nothing, since when?" in first
+    assert "Which groups teach nothing, since which step?" in first
     second = run("make", "demo", cwd=tmp_path / "clone")
     assert "pip" not in second and "0 rollouts new" in second
