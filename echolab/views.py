@@ -98,6 +98,8 @@ class Base:
         self.macro("tol()", _number(self.options.tol))
         self.macro("success_threshold(run)", _lookup("run", thresholds, _number(usual)))
         self.macro("completeness(ingest_id)", _lookup("ingest_id", completeness, "'all'"))
+        # An aggregate: filtered if any is, else effective if any is (in the order of the words). A literal where all agree.
+        self.macro("worst(c)", next(iter(completeness.values()), "'all'") if len(set(completeness.values())) < 2 else "max(c)")
         self.macro("degenerate(kind)", "kind IN ('all_success', 'all_fail', 'constant')")
         self.macro("judged(kind)", "kind IN ('all_success', 'all_fail', 'constant', 'mixed')")
         self.macro("upstream_note(c)", _UPSTREAM_NOTE)
@@ -216,7 +218,7 @@ class Base:
             **{c: f"arg_min({c}, {place}) AS {c}" for c in ("score", "success")},
             **lengths,
             "finish_reason": f"arg_max(finish_reason, {place}) AS finish_reason",
-            "completeness": "max(completeness) AS completeness",
+            "completeness": "worst(completeness) AS completeness",
         }
         columns = ", ".join(other.get(c, c) for c in _SAMPLE)
         return (

@@ -17,7 +17,7 @@ sides AS (
     sum(n)::BIGINT AS n,
     sum(mean * n_rewarded) / nullif(sum(n_rewarded), 0) AS reward,
     sum(n_success) / nullif(sum(n_rewarded), 0) AS success_rate,
-    CASE WHEN max(completeness) = 'all'
+    CASE WHEN worst(completeness) = 'all'
       THEN count(*) FILTER (WHERE degenerate(kind)) / nullif(count(*) FILTER (WHERE judged(kind)), 0) END AS degenerate,
     sum(n_tokens) / nullif(sum(n) FILTER (WHERE n_tokens IS NOT NULL), 0) AS tokens,
     sum(n_chars) / nullif(sum(n) FILTER (WHERE n_chars IS NOT NULL), 0) AS chars

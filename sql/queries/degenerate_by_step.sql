@@ -26,9 +26,9 @@ FROM (
     count(*) FILTER (WHERE kind = 'all_fail') AS all_fail,
     count(*) FILTER (WHERE kind = 'constant') AS constant,
     count(*) FILTER (WHERE kind = 'mixed') AS mixed,
-    CASE WHEN max(completeness) = 'all' THEN nullif(count(*) FILTER (WHERE judged(kind)), 0) END AS known,
+    CASE WHEN worst(completeness) = 'all' THEN nullif(count(*) FILTER (WHERE judged(kind)), 0) END AS known,
     coalesce(
-      upstream_note(max(completeness)), CASE WHEN NOT bool_or(judged(kind)) THEN 'no group has rewards to compare' END
+      upstream_note(worst(completeness)), CASE WHEN NOT bool_or(judged(kind)) THEN 'no group has rewards to compare' END
     ) AS note
   FROM groups
   WHERE role = 'policy' AND ($run::VARCHAR IS NULL OR run = $run::VARCHAR) AND ($split::VARCHAR IS NULL OR split = $split::VARCHAR)

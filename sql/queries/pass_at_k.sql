@@ -10,7 +10,7 @@ WITH ks AS (
   SELECT DISTINCT CASE WHEN k >= 1 THEN k ELSE error('k must be at least 1') END AS k FROM (SELECT unnest($k::BIGINT[]) AS k)
 ),
 counts AS (  -- few distinct ones, however many groups
-  SELECT run, split, step, source, n_rewarded AS n, n_success AS c, count(*) AS groups, max(completeness) AS completeness
+  SELECT run, split, step, source, n_rewarded AS n, n_success AS c, count(*) AS groups, worst(completeness) AS completeness
   FROM groups
   WHERE role = 'policy' AND ($run::VARCHAR IS NULL OR run = $run::VARCHAR) AND ($split::VARCHAR IS NULL OR split = $split::VARCHAR)
   GROUP BY ALL
@@ -36,7 +36,7 @@ SELECT
   sum(pass * groups) / nullif(sum(groups) FILTER (WHERE pass IS NOT NULL), 0) AS pass_at_k,
   coalesce(sum(groups) FILTER (WHERE pass IS NOT NULL), 0)::BIGINT AS n_groups,
   coalesce(sum(groups) FILTER (WHERE pass IS NULL), 0)::BIGINT AS n_left_out,
-  upstream_note(max(completeness)) AS note
+  upstream_note(worst(completeness)) AS note
 FROM estimates
 GROUP BY run, split, step, source, k
 ORDER BY run, split, step, source, k

@@ -29,8 +29,8 @@ SELECT
   coalesce(sum(cost) FILTER (WHERE kind = 'all_fail'), sum(cost) * 0)::BIGINT AS wasted_all_fail,
   coalesce(sum(cost) FILTER (WHERE kind = 'constant'), sum(cost) * 0)::BIGINT AS wasted_constant,
   sum(cost)::BIGINT AS total,
-  CASE WHEN max(completeness) = 'all' AND bool_or(judged(kind)) THEN coalesce(sum(cost) FILTER (WHERE degenerate(kind)), 0) / nullif(sum(cost), 0) END AS share,
-  coalesce(upstream_note(max(completeness)), CASE WHEN NOT bool_or(judged(kind)) THEN 'no group has rewards to compare' END) AS note
+  CASE WHEN worst(completeness) = 'all' AND bool_or(judged(kind)) THEN coalesce(sum(cost) FILTER (WHERE degenerate(kind)), 0) / nullif(sum(cost), 0) END AS share,
+  coalesce(upstream_note(worst(completeness)), CASE WHEN NOT bool_or(judged(kind)) THEN 'no group has rewards to compare' END) AS note
 FROM costs
 GROUP BY run, split, step, unit
 ORDER BY run, split, step

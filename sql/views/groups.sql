@@ -37,7 +37,7 @@ FROM (
     max(score) AS "max",
     CASE WHEN count(n_completion_tokens) = count(*) THEN sum(n_completion_tokens)::BIGINT END AS n_tokens,
     CASE WHEN count(n_chars) = count(*) THEN sum(n_chars)::BIGINT END AS n_chars,
-    max(completeness) AS completeness  -- all < effective < filtered, also as words
+    worst(completeness) AS completeness  -- all < effective < filtered, also as words
   FROM base.samples
   GROUP BY run, split, step, group_id, role  -- group_id alone decides the first three; as keys they let filters reach the files
 )
