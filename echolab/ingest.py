@@ -65,10 +65,10 @@ class Open:
 
     first_reason: str = ""
 
-    def stored(self, fields: dict[str, Any], made: Mapping[str, str | None] | None) -> None:
+    def stored(self, fields: dict[str, Any], made: Mapping[str, str | None]) -> None:
         """One of its rows is on its way into the store."""
         self.report.rows += 1
-        self.group_sources.add(str((made or {})["group_source"]))
+        self.group_sources.add(str(made["group_source"]))
         self.unknown_steps += fields["step"] is None
         self.rewarded = self.rewarded or fields.get("reward") is not None
         if (step := fields["step"]) is not None:
@@ -265,8 +265,9 @@ class _Ingest:
         for i, (reading, row) in enumerate(rows):
             if i not in unfit:
                 try:
-                    made.append(reading.identify(row))
-                    reading.stored(row.fields, made[-1])
+                    own = reading.identify(row)
+                    reading.stored(row.fields, own)
+                    made.append(own)
                     continue
                 except _NO_ROW as e:
                     made.append(None)

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 import duckdb
 import polars as pl
-import pyarrow as pa
 
 from echolab.errors import EcholabError
 from echolab.queries import find_query, list_queries, markdown, view_files
@@ -71,15 +70,6 @@ class Session:
         self._require_runs(values)
         return self._frame(query.sql, values)
 
-    def reader(
-        self, query: str, params: Mapping[str, Any] | Sequence[Any] | None = None, rows: int = 100_000
-    ) -> Iterator[pa.RecordBatch]:
-        """The answer in batches, for results that should not be in memory at once. Another query ends it."""
-        check(query)
-        with self._guard():
-            batches = self._wait(lambda: self._relation(query, params).to_arrow_reader(rows))
-        return self._batches(batches)
-
     def close(self) -> None:
         self._con.close()
         self._scratch.cleanup()
@@ -104,11 +94,6 @@ class Session:
         except pl.exceptions.PolarsError as e:
             raise EcholabError(f"the result has a type that a frame cannot hold, cast it to VARCHAR: {_one_line(e)}") from None
         return frame.with_columns(_integer(frame[c]) for c, t in frame.schema.items() if t == pl.Decimal(38, 0))
-
-    def _batches(self, batches: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
-        with self._guard():
-            while (batch := self._wait(lambda: next(batches, None))) is not None:
-                yield batch
 
     def _wait(self, work: Callable[[], T]) -> T:
         """Work in a thread, and look for Ctrl-C meanwhile: DuckDB may look only when the query has ended, and after

@@ -461,15 +461,6 @@ def test_integer_sums_are_integers_and_times_are_utc(make_store):
     assert frame.schema == {"n": pl.Int64, "t": pl.Datetime("us", "UTC")}
 
 
-def test_a_reader_streams_batches(make_store):
-    store = make_store(group("a", [0, 1]))
-    with Session(store.snapshot()) as s:
-        batches = list(s.reader("SELECT i FROM range(250000) t(i)", rows=100_000))
-        assert len(batches) > 1 and sum(b.num_rows for b in batches) == 250_000
-        with pytest.raises(EcholabError):
-            s.reader("DROP VIEW groups")
-
-
 def test_ctrl_c_ends_a_query_and_the_session_lives_on(make_store):
     with Session(make_store().snapshot()) as s:
         timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
