@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,8 @@ def _watch(pid: int, peak: list[float]) -> None:
         return
 
 
-def machine() -> str:
-    packages = ", ".join(f"{p} {version(p)}" for p in ("duckdb", "polars", "pyarrow", "deltalake", "pandas", "datasets"))
+def machine(names: tuple[str, ...] = ("duckdb", "polars", "pyarrow", "deltalake", "pandas", "datasets")) -> str:
+    packages = ", ".join(f"{p} {version(p)}" for p in names if find_spec(p))
     memory = psutil.virtual_memory().total / 2**30
     return (
         f"{os.cpu_count()} cores, {memory:.0f} GB, Python {platform.python_version()}, {packages}, {time.strftime('%Y-%m-%d')}"

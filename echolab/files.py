@@ -125,10 +125,10 @@ def merge_statistics(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-# Columns whose smallest value is a page of prose.
+# Columns whose smallest value is a page of prose, or no text that JSON could hold.
 _LONG_TEXTS = frozenset((
     "prompt", "messages", "completion", "ground_truth", "extra", "sampling", "options", "config", "parents",
-    "extracted", "clip", "text",
+    "extracted", "clip", "text", "bytes",
 ))  # fmt: skip
 
 

@@ -84,6 +84,11 @@ def config_id(kind: str, config: Sequence[Field]) -> str:
     return _hash(kind, config)
 
 
+def input_hash(input: Sequence[str | None]) -> str:
+    """Of all that a verdict depends on beside its verifier: ground truth and answer, or what a user's function sees."""
+    return _hash("verdict", input)
+
+
 def random_id() -> str:
     return uuid.uuid4().hex
 

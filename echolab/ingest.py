@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pyarrow as pa
 from echolab import ids
 from echolab.compaction import auto
 from echolab.errors import EcholabError, Unreadable
+from echolab.known import shared, stored_before
 from echolab.ledger import Ledger, Reading
 from echolab.plan import (
     FileReport,
@@ -30,11 +30,13 @@ from echolab.plan import (
     nothing_known,
     read_again,
 )
-from echolab.readers import Bad, ReadOptions, Row, Source, step_of_path
+from echolab.readers import ONLY_SCORES, Bad, ReadOptions, Row, ScoresOf, Source, step_of_path
+from echolab.readers.base import unpacked_name
+from echolab.recorded import Matcher, Scorer, fresh, score_row
+from echolab.recorded import to_table as score_table
 from echolab.rows import Identify, Stored, bad_of, to_table, with_ids
-from echolab.scan import parquet, scratch
 from echolab.schema import TABLES
-from echolab.store import DataFile, Snapshot, Staged, Store, now
+from echolab.store import Snapshot, Staged, Store, now
 
 CHUNK_ROWS, CHUNK_BYTES = 2_048, 16 << 20  # rows become Arrow in chunks, so that Python holds few of them
 STAGE_BYTES = 128 << 20  # a staged file; with its sorted copy and the next one being read, about half a gigabyte
@@ -62,7 +64,8 @@ class Open:
     rewarded: bool = False
     tail: dict[str, Any] | None = None
     bad: list[Bad] = field(default_factory=list)
-
+    scored: list[str] = field(default_factory=list)  # rollouts that it brings token numbers of
+    matcher: Matcher | None = None
     first_reason: str = ""
 
     def stored(self, fields: dict[str, Any], made: Mapping[str, str | None]) -> None:
@@ -76,13 +79,21 @@ class Open:
             self.end_step = step if self.end_step is None else max(step, self.end_step)
 
 
-def ingest(store: Store, paths: Sequence[str | Path], config: IngestConfig, progress: Progress | None = None) -> IngestReport:
-    """Read dumps into the store. The same bytes again change nothing; a longer file is read on from where it ended."""
+def ingest(
+    store: Store,
+    paths: Sequence[str | Path],
+    config: IngestConfig,
+    progress: Progress | None = None,
+    only: Callable[[Path], bool] | None = None,
+) -> IngestReport:
+    """Read dumps into the store. The same bytes again change nothing; a longer file is read on from where it ended.
+
+    With `only`, those of the files that it says: then none of them is no error, and what is wrong with one is in the report."""
     report = IngestReport(config.run)
     snapshot = store.snapshot()
     check_run(snapshot, config)
-    plans = _plans(snapshot.ledger, paths, config, report)
-    if not plans:
+    plans = _plans(snapshot.ledger, paths, config, report, only)
+    if not plans and not only:
         raise EcholabError(nothing_known(paths, report))
     todo = [p for p in plans if p.status != "unchanged"]
     report.files += [_unchanged(p, snapshot.ledger, config) for p in plans if p.status == "unchanged"]
@@ -92,7 +103,7 @@ def ingest(store: Store, paths: Sequence[str | Path], config: IngestConfig, prog
         if config.attempt and (again := _again(store.snapshot().ledger, plans, config)):
             report.files = [f for f in report.files if f.status != "unchanged" or f.file not in {p.rel for p in again}]
             job.read(again, progress)
-    if all(f.status in ("failed", "skipped") for f in report.files):
+    if not only and all(f.status in ("failed", "skipped") for f in report.files):
         raise EcholabError(nothing_known(paths, report))
     if not todo:
         with store.lock():
@@ -108,13 +119,19 @@ def ingest(store: Store, paths: Sequence[str | Path], config: IngestConfig, prog
 def _unchanged(plan: Plan, ledger: Ledger, config: IngestConfig) -> FileReport:
     report = FileReport(plan.rel, "unchanged", plan.reader.NAME)
     if bad := ledger.n_quarantined(plan.beginning):
-        report.notes.append(f"{bad:,} of its rows are in quarantine")
+        report.notes.append("1 of its rows is in quarantine" if bad == 1 else f"{bad:,} of its rows are in quarantine")
     if config.attempt and plan.continues and plan.continues.attempt != config.attempt:
         report.notes.append(f"--attempt {config.attempt} is not used: it was read as attempt {plan.continues.attempt}")
     return report
 
 
-def _plans(ledger: Ledger, paths: Sequence[str | Path], config: IngestConfig, report: IngestReport) -> list[Plan]:
+def _plans(
+    ledger: Ledger,
+    paths: Sequence[str | Path],
+    config: IngestConfig,
+    report: IngestReport,
+    only: Callable[[Path], bool] | None,
+) -> list[Plan]:
     plans: list[Plan] = []
     names: set[str] = set()
     for path, rel, typed in find_files(paths, config.rename, report):
@@ -123,10 +140,14 @@ def _plans(ledger: Ledger, paths: Sequence[str | Path], config: IngestConfig, re
                 f"two files would both be {rel!r} in run {config.run!r}: give the folder that holds both, or --as"
             )
         names.add(rel)
+        if only and not only(path):
+            continue
         try:
             plan = make_plan(ledger, path, rel, typed, config, report)
-        except (Unreadable, OSError) as e:
-            report.files.append(FileReport(rel, "failed", notes=[_reason(e)]))
+        except (EcholabError, OSError) as e:
+            if not only and not isinstance(e, Unreadable | OSError):
+                raise
+            report.files.append(FileReport(rel, "failed", notes=[_reason(e, path)]))
             continue
         if plan:
             plans.append(plan)
@@ -146,9 +167,15 @@ class _Ingest:
 
     def __init__(self, store: Store, snapshot: Snapshot, config: IngestConfig, folder: Path, report: IngestReport):
         self.store, self.snapshot, self.config, self.folder, self.report = store, snapshot, config, folder, report
+        self.scorer = Scorer(config.run, config.tokenizer, config.temperature, config.dtype)
         self.rows: list[tuple[Open, Row]] = []
+        self.late: list[ScoresOf] = []  # of the file at hand
+        self.scores: list[dict[str, Any]] = []
+        self.failed: set[str] = set()  # rollouts whose scores are staged though their file could not be read
         self.row_bytes = 0
         self.tables: list[pa.Table] = []
+        self.score_tables: list[pa.Table] = []
+        self.held = 0  # bytes of both
         self.staged: list[Future[list[Staged]]] = []
         self.done: list[Open] = []
         self.batch: tuple[list[Open], list[Future[list[Staged]]]] = [], []  # read, and being written while we read on
@@ -159,11 +186,15 @@ class _Ingest:
         total = sum(p.stat.st_size for p in plans)
         before = 0
         with ThreadPoolExecutor(1, "echolab-stage") as self.pool:
-            for plan in plans:
+            ordered = sorted(plans, key=lambda p: p.reader.NAME in ONLY_SCORES)
+            scores_begin = next((p for p in ordered if p.reader.NAME in ONLY_SCORES), None)
+            for plan in ordered:
+                if plan is scores_begin:  # the rollouts that they speak of are in the store by then
+                    self._end_batch()
+                    self._commit()
                 self._file(plan, progress and (lambda done, b=before, r=plan.rel: progress(r, b + done, total)))
                 before += plan.stat.st_size
-                held = sum(t.nbytes for t in self.tables)
-                if held >= 0.75 * STAGE_BYTES:
+                if self.held >= 0.75 * STAGE_BYTES:
                     self._stage()
                 if len(self.staged) >= COMMIT_FILES or time.monotonic() - self.committed_at > COMMIT_SECONDS:
                     self._end_batch()
@@ -180,7 +211,9 @@ class _Ingest:
                 raise Unreadable(f"{plan.rel} changed while it was read: run the command again")
         except (Unreadable, OSError) as e:
             self.rows = [r for r in self.rows if r[0] is not reading]
-            report.status, report.rows, report.quarantined, report.notes = "failed", 0, 0, [_reason(e)]
+            self.late = []
+            self.failed.update(reading.scored)
+            report.status, report.rows, report.quarantined, report.notes = "failed", 0, 0, [_reason(e, plan.path)]
             return
         if plan.continues and reading.tail and not report.rows and source.consumed == source.start:
             report.status, report.quarantined, report.notes = "unchanged", 0, ["its last line is still unfinished"]
@@ -194,10 +227,13 @@ class _Ingest:
         for n, item in enumerate(reading.plan.reader.read(source), 1):
             if isinstance(item, Row):
                 self._row(reading, item)
+            elif isinstance(item, ScoresOf):
+                self._scores_of(reading, item)
             else:
                 self._bad(reading, item)
             if progress and n % 512 == 0:
                 progress(source.consumed)
+        self._match(reading)
         self._chunk()
         self._close(reading)
         if progress:
@@ -210,9 +246,9 @@ class _Ingest:
         found = dict(last.options["found"]) if last else {"group_size": hint} if hint else {}
         source = Source(
             plan.path,
-            plan.rel,
+            unpacked_name(plan.rel),
             plan.typed,
-            ReadOptions(dict(config.map), config.group_size, dict(config.reward_weights)),
+            ReadOptions(dict(config.map), config.group_size, dict(config.reward_weights), config.allow_pickle),
             start=last.bytes_read if last else 0,
             start_row=found.get("rows", 0),
             size=plan.stat.st_size,
@@ -220,9 +256,11 @@ class _Ingest:
             sha=plan.sha or hashlib.sha256(),
         )
         found.setdefault("path_step", step_of_path(plan.typed))
+        if plan.companions:
+            found["companions"] = plan.companions
         ingest_id = ids.random_id()
-        stored = _stored(self.snapshot, plan.beginning, config, self.folder) if last else Stored()
-        identify = Identify(ingest_id, plan.rel, config.overrides(), found["path_step"], stored)
+        stored = stored_before(self.snapshot, plan.beginning, config, self.folder) if last else Stored()
+        identify = Identify(ingest_id, source.rel, config.overrides(), found["path_step"], stored)
         report = FileReport(plan.rel, plan.status, name, plan.known_by)
         self.report.files.append(report)
         return Open(plan, ingest_id, source, identify, report)
@@ -238,11 +276,40 @@ class _Ingest:
         if len(self.rows) >= CHUNK_ROWS or self.row_bytes >= CHUNK_BYTES:
             self._chunk()
 
+    def _scores_of(self, reading: Open, item: ScoresOf) -> None:
+        item.step = self.config.step if self.config.step is not None else item.step
+        if item.step is None:
+            item.step = reading.identify.path_step
+        self.late.append(item)
+        self.row_bytes += len(item.raw) or 40 * len(item.token_ids)
+        if len(self.late) >= CHUNK_ROWS or self.row_bytes >= CHUNK_BYTES:
+            self._match(reading)
+
+    def _match(self, reading: Open) -> None:
+        """Numbers for rollouts that are stored already."""
+        late, self.late = self.late, []
+        if not late:
+            return
+        reading.matcher = reading.matcher or Matcher(self.snapshot, self.config.run, self.scorer.id, self.folder)
+        for item, row in reading.matcher.rows(late):
+            if isinstance(row, dict):
+                self._score(reading, row)
+            else:
+                self._bad(reading, Bad(item.row, row, item.raw))
+        if reading.matcher.missing:
+            reading.source.found["unmatched"] = reading.matcher.missing
+
+    def _score(self, reading: Open, row: dict[str, Any]) -> None:
+        reading.report.scores += 1
+        reading.scored.append(row["rollout_id"])
+        self.scores.append(row)
+
     def _bad(self, reading: Open, bad: Bad) -> None:
         reading.bad.append(bad)
         reading.report.quarantined += 1
-        reading.first_reason = reading.first_reason or bad.reason
-        if bad.tail:
+        if not bad.tail:
+            reading.first_reason = reading.first_reason or bad.reason
+        else:
             reading.tail = {"bytes": len(bad.raw), "sha256": hashlib.sha256(bad.raw).hexdigest()}
         if len(reading.bad) >= 1_000 or len(bad.raw) >= CHUNK_BYTES // 16:
             self._quarantine(reading)
@@ -268,13 +335,20 @@ class _Ingest:
                     own = reading.identify(row)
                     reading.stored(row.fields, own)
                     made.append(own)
+                    if row.scores:
+                        self._score(reading, score_row(self.scorer.id, str(own["rollout_id"]), row.fields, row.scores))
                     continue
                 except _NO_ROW as e:
                     made.append(None)
                     unfit[i] = _reason(e)
             self._bad(reading, bad_of(row, unfit[i]))
         self.tables.append(with_ids(table, made))
-        if sum(t.nbytes for t in self.tables) >= STAGE_BYTES:
+        self.held += self.tables[-1].nbytes
+        if self.scores:
+            self.score_tables.append(score_table(self.scores))
+            self.held += self.score_tables[-1].nbytes
+            self.scores = []
+        if self.held >= STAGE_BYTES:
             self._stage()
 
     def _stage(self) -> None:
@@ -282,8 +356,11 @@ class _Ingest:
         if self.staged:
             self.staged[-1].result()
         tables, self.tables = self.tables, []
+        scores, self.score_tables, self.held = self.score_tables, [], 0
         if tables:
             self.staged.append(self.pool.submit(lambda: self.store.stage("rollouts", _together(tables), self.folder)))
+        if scores:
+            self.staged.append(self.pool.submit(lambda: self.store.stage("scores", _together(scores), self.folder)))
 
     def _close(self, reading: Open) -> None:
         """The whole file is read; what it found is known."""
@@ -296,10 +373,15 @@ class _Ingest:
         report.notes += reading.source.notes
         if reading.identify.step_of_path_used:
             report.notes.append(f"step {reading.identify.path_step} is from the path, where the rows have none")
+        if report.scores and (unsaid := [n for n in ("tokenizer", "temperature", "dtype") if getattr(config, n) is None]):
+            report.notes.append(f"of its entropies it does not say the {', '.join(unsaid)}: --{', --'.join(unsaid)} do")
         if report.rows and not reading.rewarded and config.role == "policy":
             report.notes.append("no rollout has a reward: its groups are unrewarded")
-        if report.quarantined:
-            report.notes.append(f"{report.quarantined:,} rows could not be read, the first because: {reading.first_reason}")
+        if reading.tail:
+            report.notes.append("its last line is not finished: in quarantine until it is")
+        if unreadable := report.quarantined - bool(reading.tail):
+            rows = "1 row" if unreadable == 1 else f"{unreadable:,} rows"
+            report.notes.append(f"{rows} could not be read, the first because: {reading.first_reason}")
         by_prompt = not reading.group_sources.isdisjoint(("prompt_text", "prompt_ids"))
         if config.group_size and by_prompt:
             report.notes.append(
@@ -307,7 +389,7 @@ class _Ingest:
             )
         elif config.group_size and "contiguous" not in reading.group_sources:
             report.notes.append("--group-size is not used: the dump says which rollouts belong together")
-        if config.reward_weights and plan.reader.NAME != "trl":
+        if config.reward_weights and plan.reader.NAME not in ("trl", "wandb_table"):
             report.notes.append(f"--reward-weights are not used: a {plan.reader.NAME} dump has its total reward")
 
     def _end_batch(self) -> None:
@@ -330,20 +412,30 @@ class _Ingest:
             if not winners:
                 return
             _register_run(self.store, snapshot, self.config)
-            shared = _shared(snapshot, staged, winners, self.folder)
-            if staged:
-                self.store.commit("rollouts", staged)
+            rollouts = [s for s in staged if s.table == "rollouts"]
+            known = shared(snapshot, rollouts, winners, self.folder)
+            if rollouts:
+                self.store.commit("rollouts", rollouts)
+            lost = self.failed.union(*(r.scored for r in readings if r not in winners))
+            scores = [s for s in staged if s.table == "scores"]
+            if scores := fresh(self.store, snapshot, scores, lost, self.folder):
+                self._register_scorer(snapshot)
+                self.store.commit("scores", scores)
             self.store.quarantine.mkdir(exist_ok=True)
             for reading in winners:
                 bad = self.folder / f"{reading.ingest_id}.jsonl"
                 if bad.exists():
                     bad.rename(self.store.quarantine / bad.name)
                     self.report.quarantine.append(str(self.store.quarantine / bad.name))
-                reading.report.shared, reading.report.conflicts = shared.get(reading.ingest_id, (0, 0))
+                reading.report.shared, reading.report.conflicts = known.get(reading.ingest_id, (0, 0))
             first = max([now(), *(r.created_at + _TICK for r in snapshot.ledger.readings[-1:] if r.created_at)])
             rows = [_ledger_row(r, self.config, snapshot.ledger, first + i * _TICK) for i, r in enumerate(winners)]
             self.store.add("ingests", pa.Table.from_pylist(rows, schema=TABLES["ingests"].arrow))
         self.snapshot = self.store.snapshot()
+
+    def _register_scorer(self, snapshot: Snapshot) -> None:
+        if self.scorer.id not in snapshot.registry("scorers"):
+            self.store.register("scorers", self.scorer.id, self.config.run, self.scorer.config)
 
     def _lost(self, reading: Open, ledger: Ledger) -> bool:
         """Another process read the same source meanwhile: the same bytes and options are nothing to do."""
@@ -358,86 +450,11 @@ class _Ingest:
         return True
 
 
-def _stored(snapshot: Snapshot, beginning: Sequence[Reading], config: IngestConfig, folder: Path) -> Stored:
-    """What the file's beginning brought, so that counting of equal content and of group members goes on."""
-    readings = [r.ingest_id for r in beginning]
-    files = [f for f in snapshot.files("rollouts") if f.partition["run"] == config.run]
-    if not files:
-        return Stored()
-    with scratch(folder) as db:
-        rows = f"(SELECT * FROM {parquet([f.path for f in files])} WHERE list_contains($readings, ingest_id))"
-        found = db.execute(f"SELECT rollout_id FROM {rows}", {"readings": readings})
-        known: set[bytes] = set()
-        while some := found.fetchmany(100_000):
-            known.update(bytes.fromhex(r) for (r,) in some)
-        members = f"SELECT split, step, prompt_id, ground_truth, count(*) FROM {rows} GROUP BY ALL"
-        counts = db.execute(members, {"readings": readings}).fetchall() if config.group_size else []
-    return Stored(frozenset(known), {(s, t, p, g): n for s, t, p, g, n in counts})
-
-
-def _shared(snapshot: Snapshot, staged: Sequence[Staged], readings: Sequence[Open], folder: Path) -> dict[str, tuple[int, int]]:
-    """For each new reading: its rollouts that an older live reading holds too, and those of them with another reward.
-
-    Equal ids have equal run, split and step, so that only files whose steps overlap are looked at."""
-    steps = [s for s in staged if s.rows]
-    if not steps:
-        return {}
-    low, high = (_extreme(steps, end) for end in ("minValues", "maxValues"))
-    unknown = any(s.stats["nullCount"].get("step") for s in steps)
-    old = [
-        f for f in snapshot.files("rollouts") if f.partition["run"] == steps[0].partition and _overlaps(f, low, high, unknown)
-    ]
-    if not old and (len(readings) == 1 or not unknown and _disjoint(readings)):
-        return {}
-    winners = [r.ingest_id for r in readings]
-    gone = {i for r in readings for i in r.plan.supersedes}
-    order = [*(r.ingest_id for r in snapshot.ledger.live if r.ingest_id not in gone), *winners]
-    files = parquet([*(f.path for f in old), *(s.path for s in steps)])
-    with scratch(folder) as db:
-        db.execute("CREATE TABLE ledger AS SELECT unnest($ids) AS ingest_id, unnest(range(len($ids))) AS age", {"ids": order})
-        db.execute(
-            f"""CREATE VIEW held AS SELECT rollout_id, reward, age, ledger.ingest_id FROM ledger JOIN
-            {files} USING (ingest_id)"""
-        )
-        rows = db.execute(
-            """
-            WITH oldest AS (
-              SELECT rollout_id, min(age) AS age, arg_min({'r': reward}, age).r AS reward
-              FROM held GROUP BY rollout_id HAVING count(*) > 1
-            )
-            SELECT held.ingest_id, count(*), count(*) FILTER (WHERE held.reward IS DISTINCT FROM oldest.reward)
-            FROM held JOIN oldest USING (rollout_id) WHERE held.age > oldest.age GROUP BY ALL
-            """
-        ).fetchall()
-    return {i: (n, conflicts) for i, n, conflicts in rows if i in set(winners)}
-
-
-def _disjoint(readings: Sequence[Open]) -> bool:
-    """No two readings have a step in common, so none can hold a rollout of another."""
-    found = [r for r in readings if r.report.rows]
-    ranges = sorted((r.start_step, r.end_step) for r in found if r.start_step is not None and r.end_step is not None)
-    return len(ranges) == len(found) and all(a[1] < b[0] for a, b in pairwise(ranges))
-
-
 def _together(tables: list[pa.Table]) -> pa.Table:
     """One table, held by nobody else: it is let go as soon as its sorted copy stands."""
     whole = pa.concat_tables(tables)
     tables.clear()
     return whole
-
-
-def _extreme(staged: Sequence[Staged], end: str) -> int | None:
-    values = [s.stats[end]["step"] for s in staged if "step" in s.stats[end]]
-    return (min if end == "minValues" else max)(values, default=None)
-
-
-def _overlaps(file: DataFile, low: int | None, high: int | None, unknown: bool) -> bool:
-    if unknown and file.nulls.get("step"):
-        return True
-    first, last = file.low.get("step"), file.high.get("step")
-    if low is None or high is None or first is None or last is None:
-        return False
-    return first <= high and last >= low
 
 
 def _register_run(store: Store, snapshot: Snapshot, config: IngestConfig) -> None:
@@ -457,6 +474,8 @@ def _ledger_row(reading: Open, config: IngestConfig, ledger: Ledger, created_at:
     attempt = plan.attempt or ledger.attempt_at(config.run, reading.start_step)
     _note_attempt(reading, ledger, attempt)
     found = {**source.found, "rows": source.rows, "end_step": reading.end_step}
+    if reading.report.scores:
+        found["scores"] = reading.report.scores
     options: dict[str, Any] = {"given": config.given(plan.reader.NAME), "found": found, "path": str(plan.path.resolve())}
     if reading.tail:
         options["tail"] = reading.tail
@@ -511,9 +530,9 @@ def _quarantined(rel: str, bad: Bad) -> bytes:
     return json.dumps(entry).encode() + b"\n"
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, path: Path | None = None) -> str:
     if isinstance(error, OSError):
-        return f"{error.filename or 'file'}: {error.strerror or error}"
+        return f"{error.filename or path or 'file'}: {error.strerror or error}"
     if isinstance(error, UnicodeEncodeError):
         return "text that is not Unicode (a lone surrogate)"
     return str(error).splitlines()[0][:300] if str(error) else type(error).__name__

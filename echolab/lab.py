@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from echolab.ingest import IngestReport, Progress
+    from echolab.verify import VerifyReport
 
 
 class Lab:
@@ -78,10 +79,30 @@ class Lab:
         `rename` is its `--as`."""
         from echolab.ingest import ingest
 
-        if self._fixed is not None:
-            raise EcholabError("this lab looks at an earlier state of its store: open it without version or at to write")
+        self._require_newest()
         given = [paths] if isinstance(paths, str | Path) else paths
         return ingest(self.store, given, IngestConfig.make(run=run, **options), progress)
+
+    def watch(
+        self, paths: str | Path | Sequence[str | Path], *, run: str, every: float = 10.0, **options: Any
+    ) -> Iterator[IngestReport]:
+        """Follow the dumps of a live run: a report each time that something new was read, until you stop asking."""
+        from echolab.watch import watch
+
+        given = [paths] if isinstance(paths, str | Path) else paths
+        return watch(self.store, given, IngestConfig.make(run=run, **options), every)
+
+    def verify(self, verifier: str, **options: Any) -> VerifyReport:
+        """Verdicts of `math`, `exact`, `numeric`, `choice` or `python:module:function` on rollouts that have none yet.
+        Arguments are those of `echolab.verify.verify`, e.g. `run="demo", timeout=5, options={"float_rounding": 4}`."""
+        from echolab.verify import verify
+
+        self._require_newest()
+        return verify(self.store, verifier, **options)
+
+    def _require_newest(self) -> None:
+        if self._fixed is not None:
+            raise EcholabError("this lab looks at an earlier state of its store: open it without version or at to write")
 
     def info(self) -> dict[str, Any]:
         """What the store holds: runs, readings, tables, pins."""

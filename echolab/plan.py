@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import codecs
 import hashlib
 import json
 import math
@@ -13,21 +13,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
-from echolab.errors import EcholabError, WrongUsage
+from echolab.config import Config
+from echolab.errors import EcholabError, Unreadable
 from echolab.ledger import Ledger, Reading
-from echolab.readers import READERS, Reader, choose, look
+from echolab.readers import COMPANIONS, READERS, Reader, aside, choose, look
+from echolab.readers.base import is_compressed
 from echolab.rows import Overrides
 from echolab.store import MARKER, Snapshot, partition_folder
 
 NOBODYS = "_."  # first letters of files in a folder that are nobody's data
 
 
-class IngestConfig(BaseModel):
+class IngestConfig(Config):
     """What `echolab ingest` can be told. Every field but `replace` and `attempt` counts as an option of the reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     run: str
     format: str = "auto"
@@ -41,12 +41,15 @@ class IngestConfig(BaseModel):
     reward_weights: dict[str, float] = {}
     strip_template: str | None = None
     tokenizer: str | None = None
+    temperature: float | None = None
+    dtype: str | None = None
     problems: dict[str, str] = {}
     success_threshold: float | None = None
     failure_reward: float | None = None
     attempt: int | None = None
     replace: bool = False
     rename: str | None = None  # --as
+    allow_pickle: bool = False
 
     @field_validator("run")
     @classmethod
@@ -79,7 +82,7 @@ class IngestConfig(BaseModel):
             raise ValueError("must be at least 1")
         return value
 
-    @field_validator("success_threshold", "failure_reward")
+    @field_validator("success_threshold", "failure_reward", "temperature")
     @classmethod
     def _finite(cls, value: float | None) -> float | None:
         if value is not None and not math.isfinite(value):
@@ -118,24 +121,11 @@ class IngestConfig(BaseModel):
             raise ValueError(f"not a regular expression: {e}") from None
         return pattern
 
-    @classmethod
-    def make(cls, **options: Any) -> IngestConfig:
-        """As the constructor, with one line instead of pydantic's page where it fails."""
-        try:
-            return cls(**options)
-        except ValidationError as e:
-            problem = e.errors()[0]
-            where = ".".join(str(p) for p in problem["loc"])
-            message = problem["msg"].removeprefix("Value error, ")
-            if problem["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(where, cls.model_fields, 1)
-                message = f"no such option{'; did you mean ' + near[0] + '?' if near else ''}"
-            raise WrongUsage(f"{where}: {message}" if where else message) from None
-
     def given(self, format: str) -> dict[str, Any]:
         """The options that count when the same file comes again, defaults left out."""
         counts = {
             "role", "step", "split", "model", "source", "map", "group_size", "reward_weights", "strip_template", "tokenizer",
+            "temperature", "dtype",
         }  # fmt: skip
         values = self.model_dump(include=counts, exclude_defaults=True)
         if self.problems:  # a long list: its hash says whether it is the same
@@ -152,6 +142,7 @@ class IngestConfig(BaseModel):
             self.model,
             self.source,
             self.tokenizer,
+            self.temperature,
             self.group_size,
             strip,
             self.problems,
@@ -167,6 +158,7 @@ class FileReport:
     format: str | None = None
     known_by: str | None = None  # how the format was known
     rows: int = 0
+    scores: int = 0  # rollouts whose token entropies the dump holds
     quarantined: int = 0
     shared: int = 0
     conflicts: int = 0
@@ -180,10 +172,15 @@ class IngestReport:
     files: list[FileReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     quarantine: list[str] = field(default_factory=list)
+    asides: dict[str, int] = field(default_factory=dict)  # why files of a known dump are not read on their own: how many
 
     @property
     def rows(self) -> int:
         return sum(f.rows for f in self.files)
+
+    @property
+    def scores(self) -> int:
+        return sum(f.scores for f in self.files)
 
     @property
     def quarantined(self) -> int:
@@ -205,6 +202,7 @@ class Plan:
     continues: Reading | None = None
     supersedes: tuple[str, ...] = ()
     sha: Any = None  # of the bytes that are read already
+    companions: str | None = None  # hash of the files that are read along
     attempt: int | None = None  # None: that of the run which the reading's steps belong to
 
     @property
@@ -238,16 +236,20 @@ def find_files(paths: Sequence[str | Path], rename: str | None, report: IngestRe
                     continue
                 if not _is_text(rel):
                     report.files.append(FileReport(ascii(rel), "failed", notes=["its name is not Unicode: rename it"]))
+                elif file.is_file() and (reason := aside(file)):
+                    report.asides[reason] = report.asides.get(reason, 0) + 1
                 elif file.is_file():
                     yield file, rel, str(Path(given, below))
                 elif file.is_symlink():
                     report.files.append(
                         FileReport(rel, "skipped", notes=["a link to a folder or to nothing: links are not followed"])
                     )
+                elif not file.is_dir():
+                    report.files.append(FileReport(rel, "skipped", notes=["no file, but a pipe, a socket or a device"]))
         elif path.is_file():
             yield path, rename or path.name, str(given)
         else:
-            raise EcholabError(f"{given}: no such file or folder")
+            raise EcholabError(f"{given}: {'neither a file nor a folder' if path.exists() else 'no such file or folder'}")
 
 
 def _is_text(name: str) -> bool:
@@ -270,7 +272,8 @@ def make_plan(ledger: Ledger, path: Path, rel: str, typed: str, config: IngestCo
     reader, known_by = chosen
     chain = ledger.chain(config.run, rel)
     stat = path.stat()
-    plan = Plan(path, rel, typed, reader, known_by, chain, "ingested", stat, attempt=config.attempt)
+    beside = _hash_of(COMPANIONS[reader.NAME](path)) if reader.NAME in COMPANIONS else None
+    plan = Plan(path, rel, typed, reader, known_by, chain, "ingested", stat, companions=beside, attempt=config.attempt)
     if not chain:
         return plan
     same_options = all(r.options["given"] == config.given(reader.NAME) for r in chain)
@@ -278,9 +281,12 @@ def make_plan(ledger: Ledger, path: Path, rel: str, typed: str, config: IngestCo
     if last and same_options:
         plan = replace(plan, continues=last, sha=sha, attempt=config.attempt or last.attempt)
         outdated = config.replace and last.reader_version < reader.VERSION
+        found = last.options["found"]
+        if found.get("unmatched") or (beside and beside != found.get("companions")):  # only more can come of it
+            return replace(plan, continues=None, sha=None, status="replaced", supersedes=tuple(r.ingest_id for r in chain))
         if not outdated and (stat.st_size == last.bytes_read or _same_tail(path, last)):
             return replace(plan, status="unchanged")
-        if stat.st_size > last.bytes_read and reader.CONTINUES and not last.options["found"].get("whole"):
+        if stat.st_size > last.bytes_read and reader.CONTINUES and not found.get("whole"):
             return replace(plan, status="continued")
         plan = replace(plan, continues=None, sha=None)
     if config.replace or not any(r.n_rows for r in chain):  # nothing is lost where nothing could be read
@@ -290,12 +296,32 @@ def make_plan(ledger: Ledger, path: Path, rel: str, typed: str, config: IngestCo
     raise EcholabError(_changed(path, rel, chain, same_options, bool(last), config, reader.NAME))
 
 
+def _hash_of(files: Sequence[Path]) -> str | None:
+    """Of the names and bytes of files that are read along with another."""
+    if not files:
+        return None
+    sha = hashlib.sha256()
+    for file in sorted(files):
+        with file.open("rb") as f:
+            sha.update(f"{file.name}\n{hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
+    return sha.hexdigest()
+
+
 def _why_unknown(path: Path) -> str:
     if path.stat().st_size == 0:
         return "the file is empty"
-    if path.suffix in (".gz", ".zst", ".zip", ".bz2", ".xz"):
-        return "no reader knows compressed files: unpack it first"
-    fields = sorted(look(path).keys)
+    if path.suffix in (".zip", ".bz2", ".xz", ".7z", ".lz4", ".tar", ".tgz"):
+        return "of compressed files only gzip and zstd are read: unpack it first"
+    head = look(path)
+    if head.broken and not head.keys:
+        raise Unreadable(f"{path}: {head.broken}")
+    if not head.start.strip():
+        return "the file is empty"
+    if head.start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "its text is UTF-16 or UTF-32: convert it to UTF-8"
+    if is_compressed(path):
+        return "no reader knows what is in this compressed file: unpack it first"
+    fields = sorted(head.keys)
     return f"no reader knows this file{', whose rows have ' + ', '.join(fields[:20]) if fields else ''}"
 
 
@@ -360,10 +386,12 @@ def nothing_known(paths: Sequence[str | Path], report: IngestReport) -> str:
     what = ", ".join(str(p) for p in paths)
     if not report.files:
         return f"{what}: no files"
+    first = min(report.files, key=lambda f: f.status != "failed")  # what failed says more than what nobody knows
+    note = first.notes[0]
     if len(report.files) > 1 and len({n for f in report.files for n in f.notes}) > 1:
-        return f"{what}: none of the {len(report.files)} files can be read; the first: {report.files[0].notes[0]}"
-    note = report.files[0].notes[0]
-    if report.files[0].status == "failed":
+        named = "" if first.file in note else f"{first.file}: "
+        return f"{what}: none of the {len(report.files)} files can be read; the first: {named}{note}"
+    if first.status == "failed":
         return note
     if not note.startswith("no reader"):
         return f"{what}: {note}"

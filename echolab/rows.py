@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from echolab import ids
 from echolab.readers.base import Bad, Row, dumps
+from echolab.recorded import check
 from echolab.schema import ROLLOUTS
 
 CACHED = 20_000  # prompts, and groups, of one reading
@@ -32,6 +33,7 @@ class Overrides:
     model: str | None = None
     source: str | None = None
     tokenizer: str | None = None
+    temperature: float | None = None
     group_size: int | None = None
     strip_template: re.Pattern[str] | None = None
     problems: Mapping[str, str] = field(default_factory=dict)  # prompt text or prompt_id -> name of the problem
@@ -62,12 +64,15 @@ class Identify:
     def prepare(self, row: Row) -> dict[str, Any]:
         """The row as columns, but for its ids: nothing is counted yet. Raises ValueError where it cannot be one."""
         o, f = self.overrides, row.fields
+        if o.temperature is not None and isinstance(f.get("sampling"), dict | None):
+            f["sampling"] = {**(f.get("sampling") or {}), "temperature": o.temperature}
         for name in _JSON_COLUMNS:
             if not isinstance(f.get(name), str | None):
                 f[name] = dumps(f[name])
         if isinstance(f.get("rewards"), dict):
             f["rewards"] = list(f["rewards"].items()) or None
-        f["ingest_id"], f["run"], f["role"] = self.ingest_id, o.run, o.role
+        f["ingest_id"], f["run"] = self.ingest_id, o.run
+        f["role"] = o.role if o.role != "policy" else f.get("role") or "policy"  # a dump may know its experts
         if o.step is not None:
             f["step"] = o.step
         elif f.get("step") is None:
@@ -82,6 +87,8 @@ class Identify:
         _count(f)
         if row.key is None and f.get("prompt") is f.get("messages") is f.get("prompt_ids") is None:
             raise ValueError("neither a prompt nor a group: which rollouts belong together is unknown")
+        if row.scores:
+            check(f, row.scores)
         return f
 
     def __call__(self, row: Row) -> dict[str, str | None]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 FORMAT_VERSION = 1  # of the store as a whole; `echolab store migrate` brings an older one up to it
 
 STRING, INT32, INT64 = pa.string(), pa.int32(), pa.int64()
-FLOAT32, FLOAT64, BOOL = pa.float32(), pa.float64(), pa.bool_()
+FLOAT32, FLOAT64, BOOL, BINARY = pa.float32(), pa.float64(), pa.bool_(), pa.binary()
 TIME = pa.timestamp("us", tz="UTC")
 TOKEN_IDS, FLOATS, BOOLS, STRINGS = pa.list_(INT32), pa.list_(FLOAT32), pa.list_(BOOL), pa.list_(STRING)
 REWARDS = pa.map_(STRING, FLOAT64)
@@ -252,7 +252,8 @@ VOCAB = Table(
     (
         _r("tokenizer", STRING, "fingerprint of the tokenizer"),
         _r("token_id", INT32, "token id"),
-        _c("text", STRING, "decoded text"),
+        _c("bytes", BINARY, "its exact bytes; NULL = those of text"),
+        _c("text", STRING, "these decoded, with U+FFFD where they are part of a character"),
         _r("has_newline", BOOL, "the decoded text holds a newline"),
         _r("special", BOOL, "a special token"),
     ),
@@ -301,12 +302,12 @@ TABLES: dict[str, Table] = {
 
 _DUCKDB = {
     STRING: "VARCHAR", INT32: "INTEGER", INT64: "BIGINT", FLOAT32: "FLOAT", FLOAT64: "DOUBLE", BOOL: "BOOLEAN",
-    TIME: "TIMESTAMP WITH TIME ZONE",
+    BINARY: "BLOB", TIME: "TIMESTAMP WITH TIME ZONE",
 }  # fmt: skip
 _JSON: dict[pa.DataType, dict[str, Any]] = {
     STRING: {"type": "string"}, INT32: {"type": "integer"}, INT64: {"type": "integer"},
     FLOAT32: {"type": "number"}, FLOAT64: {"type": "number"}, BOOL: {"type": "boolean"},
-    TIME: {"type": "string", "format": "date-time"},
+    BINARY: {"type": "string"}, TIME: {"type": "string", "format": "date-time"},
 }  # fmt: skip
 
 

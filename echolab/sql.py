@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
 import polars as pl
@@ -22,6 +22,9 @@ from echolab.errors import EcholabError
 from echolab.queries import find_query, list_queries, markdown, view_files
 from echolab.store import Snapshot, Store
 from echolab.views import VIEWS, Base, Options, text
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = ["Options", "Session", "check", "list_queries", "views_markdown"]
 
@@ -69,6 +72,12 @@ class Session:
         values = query.bind(params)
         self._require_runs(values)
         return self._frame(query.sql, values)
+
+    def batches(self, query: str, rows: int = 2048) -> Iterator[pa.RecordBatch]:
+        """The answer to one SELECT in pieces, for what does not fit into memory. Ask nothing else until it has ended."""
+        check(query)
+        with self._guard():
+            yield from self._relation(query, None).to_arrow_reader(rows)
 
     def close(self) -> None:
         self._con.close()

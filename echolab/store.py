@@ -135,7 +135,7 @@ class Store:
     def mark(self, format: int) -> None:
         """Write the store's format: the old marker or the new one is there, never half of one."""
         marker = self.root / f"{MARKER}.{ids.random_id()}"
-        _write_synced(marker, json.dumps({"format": format, "created_at": now().isoformat()}).encode())
+        write_synced(marker, json.dumps({"format": format, "created_at": now().isoformat()}).encode())
         marker.rename(self.root / MARKER)
         _sync_folder(self.root)
 
@@ -407,7 +407,7 @@ def _data_files(folder: Path, dt: DeltaTable) -> list[DataFile]:
     return sorted(files, key=lambda f: f.name)
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def write_synced(path: Path, data: bytes) -> None:
     with path.open("wb") as f:
         f.write(data)
         f.flush()

@@ -111,6 +111,10 @@ class Base:
         scorer, scorer_id = self.choose("scorer", "scores", self.options.scorer)
         segmenter, _ = self.choose("segmenter", "segmentations", self.options.segmenter, scorer_id)
         tokenizer = self.snapshot.registry("scorers").get(scorer_id or "", {}).get("config", {}).get("tokenizer")
+        verifier = self.options.verifier
+        self.macro(
+            "chosen_verifier()", "NULL::VARCHAR" if verifier is None else text(resolve(self.snapshot, "verifier", verifier))
+        )
         self.macro("chosen_scorer()", scorer)
         self.macro("chosen_segmenter()", segmenter)
         self.macro("chosen_tokenizer()", "NULL::VARCHAR" if tokenizer is None else text(str(tokenizer)))
@@ -118,7 +122,7 @@ class Base:
     def choose(self, kind: str, table: str, word: str | None, scorer: str | None = None) -> tuple[str, str | None]:
         """SQL of the chosen id, and the id where there is one: the word's, else the only one with rows."""
         if word is not None:
-            id = _resolve(self.snapshot, kind, word)
+            id = resolve(self.snapshot, kind, word)
             return text(id), id
         files = [f for f in self.files[table] if scorer is None or f.partition["scorer"] == scorer]
         if kind == TABLES[table].partition:
@@ -167,7 +171,7 @@ class Base:
                 " CASE WHEN isfinite(reward) THEN reward >= success_threshold(run) - tol() END AS success,"
                 " completeness(ingest_id) AS completeness FROM base.visible"
             )
-        verifier = text(_resolve(self.snapshot, "verifier", self.options.verifier))
+        verifier = text(resolve(self.snapshot, "verifier", self.options.verifier))
         self.view(
             "words",
             f"""SELECT rollout_id,
@@ -292,7 +296,7 @@ def _has_parts(file: DataFile) -> bool:
     return high > 0 if high is not None else file.nulls.get("part") != file.rows
 
 
-def _resolve(snapshot: Snapshot, kind: str, word: str) -> str:
+def resolve(snapshot: Snapshot, kind: str, word: str) -> str:
     """The id behind an id, `name@version`, or a bare name."""
     entries = snapshot.registry(f"{kind}s")
     if word in entries:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +39,9 @@ from pipelines.options import (
     store_path,
     view_options,
 )
+from pipelines.score_command import score_app
 from pipelines.store_commands import store_app
+from pipelines.verify_command import verify
 
 app = typer.Typer(
     name="echolab",
@@ -49,6 +52,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(store_app, name="store")
+app.add_typer(score_app, name="score")
+app.command()(verify)
 
 
 def main() -> None:
@@ -106,9 +111,14 @@ def ingest(
     strip_template: Annotated[str | None, option("Cut this from prompts to find the problem.", metavar="REGEX")] = None,
     problems: Annotated[Path | None, option("JSON object: prompt -> name of its problem.", metavar="FILE")] = None,
     tokenizer: Annotated[str | None, option("Tokenizer of the token ids.")] = None,
+    temperature: Annotated[float | None, option("Sampling temperature, where the dump does not say.")] = None,
+    dtype: Annotated[str | None, option("Precision of recorded entropies.")] = None,
     attempt: Annotated[int | None, option("Attempt of the run; hides earlier ones from its lowest step on.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Changed files take the place of what was read.")] = False,
     rename: Annotated[str | None, option("Name of the file (or folder) in the store.", "--as", metavar="REL")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load pickles, which can run any code.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on reading what is new or longer, until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(help="Seconds between looks of --watch.", min=0.1)] = 10.0,
     json_: JsonOption = False,
 ) -> None:  # fmt: skip
     """Read dumps of any trainer into the store (made if it is not there). What is known already is not read again.
@@ -118,30 +128,41 @@ def ingest(
     from echolab.ingest import ingest as ingest_
     from echolab.plan import IngestConfig
     from echolab.store import Store
+    from echolab.watch import watch as watch_
 
     weights = {k: number(v, "--reward-weights") for k, v in pairs(reward_weights or [], "--reward-weights").items()}
     config = IngestConfig.make(
         run=run, format=format, role=role, step=step, split=split, model=model, source=source,
         map=pairs(map or [], "--map"), group_size=group_size, reward_weights=weights, success_threshold=success_threshold,
         failure_reward=failure_reward, strip_template=strip_template, problems=read_json(problems), tokenizer=tokenizer,
-        attempt=attempt, replace=replace, rename=rename,
+        temperature=temperature, dtype=dtype, attempt=attempt, replace=replace, rename=rename, allow_pickle=allow_pickle,
     )  # fmt: skip
     root = store_path(store)
     for path in paths:  # before a mistyped one leaves an empty store behind
-        if not path.expanduser().exists():
+        if not watch and not path.expanduser().exists():
             raise EcholabError(f"{path}: no such file or folder")
     target = Store.create(root)
+    if watch:
+        for path in paths:
+            if not path.expanduser().exists():
+                say(f"{path} is not there yet: waiting for it")
+        for report in watch_(target, paths, config, every):  # until Ctrl-C
+            _show_ingest(report, root, json_)
     with Progress("reading", enabled=not json_) as progress:
         report = ingest_(target, paths, config, progress)
-    failed = [f for f in report.files if f.status == "failed"]
-    if json_:
-        print_json({"run": run, "rows": report.rows, "quarantined": report.quarantined, "quarantine": report.quarantine,
-                     "notes": report.notes,
-                     "files": [f.__dict__ for f in report.files]})  # fmt: skip
-    else:
-        _print_ingest(report, root)
-    if report.quarantined or failed:
+    _show_ingest(report, root, json_)
+    if report.quarantined or any(f.status == "failed" for f in report.files):
         raise typer.Exit(PARTLY)
+
+
+def _show_ingest(report: Any, root: Path, json_: bool) -> None:
+    if not json_:
+        _print_ingest(report, root)
+    else:
+        print_json({"run": report.run, "rows": report.rows, "scores": report.scores, "quarantined": report.quarantined,
+                     "quarantine": report.quarantine, "notes": report.notes, "asides": report.asides,
+                     "files": [f.__dict__ for f in report.files]})  # fmt: skip
+    sys.stdout.flush()
 
 
 GROUPS_BY = {
@@ -155,7 +176,7 @@ GROUPS_BY = {
 def _print_ingest(report: Any, root: Path) -> None:
     shown = report.files if len(report.files) <= 20 else [f for f in report.files if f.status in ("failed", "skipped")][:20]
     for f in shown:
-        print(f"{f.file}: {f.status}{_how(f)}")
+        print(f"{printable(f.file)}: {f.status}{_how(f)}")
         for note in f.notes:
             print(f"    {note}")
         if f.shared:
@@ -166,13 +187,18 @@ def _print_ingest(report: Any, root: Path) -> None:
         for f in report.files:
             kinds.setdefault(f"{f.status}{_how(f, counted=False)}", []).append(f)
         for kind, members in kinds.items():
-            print(f"{len(members):,} files {kind}: {count(sum(f.rows for f in members), 'rollout')}")
-        for note in dict.fromkeys(n for f in report.files if f.status not in ("failed", "skipped") for n in f.notes):
-            print(f"    {note}")
+            rows, scores = sum(f.rows for f in members), sum(f.scores for f in members)
+            print(f"{count(len(members), 'file')} {kind}{_numbers(rows, scores)}")
+            notes = Counter(n for f in members if f.status not in ("failed", "skipped") for n in dict.fromkeys(f.notes))
+            for note, n in notes.items():
+                print(f"    {note}" + (f" ({n} of the {len(members)} files)" if n < len(members) else ""))
+    for reason, n in report.asides.items():
+        print(f"{count(n, 'file')} not read on {'its' if n == 1 else 'their'} own: {reason}")
     known = sum(f.shared for f in report.files)
     print(
         f"run {report.run}: {count(report.rows - known, 'rollout')} new in {root}"
         + (f", {known:,} known already" if known else "")
+        + (f", {count(report.scores, 'rollout')} with recorded entropies" if report.scores else "")
     )
     for note in report.notes:
         print(note)
@@ -183,8 +209,19 @@ def _print_ingest(report: Any, root: Path) -> None:
 def _how(f: Any, counted: bool = True) -> str:
     known = f" as {f.format} ({f.known_by})" if f.known_by else ""
     groups = " and ".join(GROUPS_BY[g] for g in f.groups_by.split("+")) if f.groups_by else ""
-    numbers = f": {count(f.rows, 'rollout')}" if counted and f.status in ("ingested", "continued", "replaced") else ""
+    numbers = _numbers(f.rows, f.scores) if counted and f.status in ("ingested", "continued", "replaced") else ""
     return f"{known}{', groups by ' + groups if groups else ''}{numbers}"
+
+
+def printable(name: str) -> str:
+    """A file's name on one line, without what would move a terminal's cursor."""
+    return name if name.isprintable() else ascii(name)
+
+
+def _numbers(rows: int, scores: int) -> str:
+    if scores and not rows:
+        return f": entropies of {count(scores, 'rollout')}"
+    return f": {count(rows, 'rollout')}" + (f", {scores:,} with entropies" if scores else "")
 
 
 @app.command()

@@ -104,10 +104,10 @@ def read_json(path: Path | None) -> dict[str, str]:
 
 
 class Progress:
-    """A bar on a terminal, a line every few seconds elsewhere, nothing for --json."""
+    """A bar on a terminal, a line every few seconds elsewhere, nothing for --json. Bytes count as `MB`, all else by ones."""
 
-    def __init__(self, what: str, enabled: bool):
-        self.what, self.enabled, self.bar, self.said = what, enabled, None, 0.0
+    def __init__(self, what: str, enabled: bool, unit: str = "MB"):
+        self.what, self.enabled, self.unit, self.bar, self.said = what, enabled, unit, None, 0.0
 
     def __enter__(self) -> Any:
         return self.show if self.enabled else None
@@ -118,19 +118,23 @@ class Progress:
                 self.said = self.said or time.monotonic()  # the first one comes only when it takes long
                 if time.monotonic() - self.said > 5:
                     self.said = time.monotonic()
-                    say(f"{self.what} {file}: {done >> 20:,} of {total >> 20:,} MB")
+                    shift = 20 if self.unit == "MB" else 0
+                    say(f"{f'{self.what} {file}'.rstrip()}: {done >> shift:,} of {total >> shift:,} {self.unit}")
             return
         if self.bar is None:
             from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
             )
+
+            counts = (DownloadColumn(), TransferSpeedColumn()) if self.unit == "MB" else (MofNCompleteColumn(),)
+            columns = (TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn())
             self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self.bar.start()
             self.task = self.bar.add_task(self.what, total=total)

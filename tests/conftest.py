@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from echolab import ids
 from echolab.schema import TABLES
 from echolab.store import Store, now
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the Hub, which would try for minutes
 
 Rows = Iterable[dict[str, Any]]
 

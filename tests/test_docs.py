@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from generators import models
 
 from echolab.queries import list_queries
 from echolab.schema import render
@@ -39,6 +40,9 @@ def matches(expected: str, found: str) -> bool:
 def test_console_blocks_print_what_the_page_shows(page, tmp_path):
     work = tmp_path / "checkout"
     work.mkdir()
+    if "--model model" in page.read_text():
+        pytest.importorskip("torch", reason="scoring needs torch")
+        models.model(work / "model")
     if SHARED.is_dir():
         (tmp_path / "shared").symlink_to(SHARED)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

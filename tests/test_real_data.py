@@ -166,6 +166,51 @@ def test_trl_groups_are_blocks_of_four_and_the_recorded_advantages_agree(lab):
     assert 0 < spread < 0.03, "nearly degenerate is not degenerate"
 
 
+# By the data's README: prompt index -> samples that math-verify calls right although their recorded score is 0.
+DISAGREEMENTS = {
+    400: {9: [22], 18: [24, 26], 22: [10], 24: [39], 33: [38, 48]},
+    800: {9: [7, 9, 20, 22, 29, 34, 36, 49], 22: [40], 24: [15, 22, 46], 28: [22], 29: [6], 33: [19, 21]},
+}
+
+
+@pytest.fixture(scope="module")
+def verified(lab):
+    report = lab.verify("math", run="amc", where="step IS NOT NULL")
+    assert report.statuses == {"ok": 3889, "no_answer": 111, "timeout": 0, "error": 0}
+    return lab
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_math_verify_disagrees_with_the_recorded_scores_exactly_where_it_is_known_to(verified, step):
+    questions = [normalised(r["question"]) for r in results(step)]
+    found: dict[int, list[int]] = {}
+    rows = verified.query("verifier_disagreements", run="amc", verifier="math", excerpt=10_000)
+    for row in rows.filter(rows["step"] == step).to_dicts():
+        assert (row["reward"], row["success"]) == (0, True), "never the other way"
+        found.setdefault(questions.index(normalised(row["prompt"])), []).append(row["sample"])
+    assert {q: sorted(samples) for q, samples in sorted(found.items())} == DISAGREEMENTS[step]
+
+
+@pytest.mark.parametrize(("step", "mean", "all_fail"), [(400, 0.1475, 13), (800, 0.1495, 13)])
+def test_with_the_verifier_chosen_means_and_kinds_are_its_own_and_else_the_recorded_ones(verified, step, mean, all_fail):
+    rewards = f"SELECT avg(reward) FROM rollouts WHERE step = {step} AND run = 'amc'"
+    kinds = f"SELECT count(*) FROM groups WHERE step = {step} AND run = 'amc' AND kind = 'all_fail'"
+    assert verified.sql(rewards, verifier="math").item() == pytest.approx(mean, abs=1e-12)
+    assert verified.sql(kinds, verifier="math").item() == all_fail
+    assert verified.sql(kinds).item() == sum(not any(c["score"] for c in r["completions"]) for r in results(step))
+    agreement = verified.query("verifier_agreement", run="amc", verifier="math").filter(step=step).to_dicts()[0]
+    assert (agreement["n_compared"], agreement["only_recorded"]) == (2000, 0)
+    assert agreement["only_verifier"] == sum(map(len, DISAGREEMENTS[step].values()))
+
+
+def test_what_was_extracted_is_what_the_evaluation_recorded(verified):
+    rows = verified.sql("""SELECT extracted, status, json_extract_string(extra, '$.model_answer') AS recorded
+                           FROM verdicts JOIN rollouts USING (rollout_id) WHERE step IS NOT NULL""").rows()
+    assert len(rows) == 4000
+    for extracted, status, recorded in rows:
+        assert extracted == recorded and (status == "no_answer") == (recorded is None)
+
+
 def test_reading_the_same_files_again_stores_nothing(lab):
     before = lab.snapshot.versions
     for folder, run, role in (("rollouts", "amc", "policy"), ("experts", "experts", "expert")):

@@ -49,11 +49,12 @@ def problem(name):
     return ids.problem_id(name)
 
 
-def test_there_are_the_thirteen_queries():
+def test_there_are_these_queries():
     assert NAMES == [
         "advantage_check", "all_fail_with_expert", "compare_runs", "degenerate_by_step", "degenerate_groups",
-        "degenerate_prompts", "difficulty", "duplicates", "length_by_outcome", "pass_at_k", "reward_by_step",
-        "truncation_by_step", "wasted_tokens",
+        "degenerate_prompts", "difficulty", "duplicates", "entropy_by_outcome", "entropy_by_position", "entropy_by_step",
+        "length_by_outcome", "pass_at_k", "reward_by_step", "scorer_agreement", "segment_entropy_histogram",
+        "top_entropy_tokens", "truncation_by_step", "verifier_agreement", "verifier_disagreements", "wasted_tokens",
     ]  # fmt: skip
 
 
@@ -297,3 +298,116 @@ def test_a_wrong_element_of_a_list_is_one_line(store):
 def test_excerpts_show_what_the_user_asked_and_not_the_template(make_store, prompt):
     store = make_store([{"prompt": prompt, "reward": 0.0, "group": "g", "problem": "p"} for _ in range(2)])
     assert run(store, "degenerate_groups")["prompt"].to_list() == ["What is 1 + 1?"]
+
+
+# Entropies, on two rollouts of a right group and two of a wrong one.
+
+
+def scored_row(rollout, scorer, entropies, step, logprobs=None, token_ids=None):
+    tokens = token_ids or list(range(len(entropies)))
+    mean = sum(entropies) / len(entropies)
+    return {
+        "rollout_id": rollout, "scorer": scorer, "run": "r", "step": step, "token_ids": tokens, "entropies": entropies,
+        "logprobs": logprobs or [-e for e in entropies], "mean_entropy": mean, "n_tokens": len(entropies),
+    }  # fmt: skip
+
+
+def cut_row(rollout, scorer, ends, means):
+    peak = max(range(len(means)), key=lambda i: means[i])
+    return {
+        "rollout_id": rollout, "scorer": scorer, "segmenter": "seg", "segment_ends": ends, "segment_entropies": means,
+        "n_segments": len(ends), "peak_segment": peak, "peak_entropy": means[peak],
+    }  # fmt: skip
+
+
+ENTROPIES = {"a": [1.0, 3.0], "b": [2.0, 2.0, 2.0, 6.0], "c": [0.5, 0.5], "d": [0.0, 1.0]}
+
+
+@pytest.fixture
+def scored(make_store, add_rows):
+    rows = group("P", [1, 1], step=1) + group("Q", [0, 0], step=2)
+    for row, name in zip(rows, ENTROPIES, strict=True):
+        row["rollout_id"] = name
+    made = make_store(rows)
+    add_rows(made, "scores", [scored_row(name, "one", e, 1 if name in "ab" else 2) for name, e in ENTROPIES.items()])
+    cuts = {"a": ([1, 2], [1.0, 3.0]), "b": ([3, 4], [2.0, 6.0]), "c": ([2], [0.5]), "d": ([1, 2], [0.0, 1.0])}
+    add_rows(made, "segmentations", [cut_row(name, "one", *cut) for name, cut in cuts.items()])
+    return made
+
+
+def test_entropy_by_step_weighs_rollouts_or_tokens(scored):
+    rows = run(scored, "entropy_by_step").to_dicts()
+    found = [(r["step"], r["n"], r["n_tokens"], r["mean_of_rollouts"], r["mean_of_tokens"]) for r in rows]
+    assert found == [(1, 2, 6, 2.5, pytest.approx(16 / 6)), (2, 2, 4, 0.5, 0.5)]
+
+
+def test_entropy_by_outcome_tells_right_from_wrong(scored):
+    rows = run(scored, "entropy_by_outcome").to_dicts()
+    assert [(r["kind"], r["outcome"], r["n"], r["mean_entropy"], r["mean_peak_entropy"]) for r in rows] == [
+        ("all_fail", "failure", 2, 0.5, 0.75),
+        ("all_success", "success", 2, 2.5, 4.5),
+    ]
+
+
+def test_entropy_by_position_puts_segments_into_bins_by_their_middle(scored):
+    rows = run(scored, "entropy_by_position", bins=2).to_dicts()
+    assert [(r["outcome"], r["bin"], r["n_segments"], r["mean_entropy"], r["share_of_peaks"]) for r in rows] == [
+        ("failure", 0, 1, 0.0, 0.0),
+        ("failure", 1, 2, 0.75, 1.0),  # the only segment of c has its middle at a half
+        ("success", 0, 2, 1.5, 0.0),
+        ("success", 1, 2, 4.5, 1.0),
+    ]
+
+
+def test_the_histogram_counts_every_segment_once(scored):
+    rows = run(scored, "segment_entropy_histogram", width=1.0).to_dicts()
+    assert [(r["low"], r["high"], r["n_segments"], r["n_tokens"], r["n_peaks"]) for r in rows] == [
+        (0.0, 1.0, 2, 3, 1), (1.0, 2.0, 2, 2, 1), (2.0, 3.0, 1, 3, 0), (3.0, 4.0, 1, 1, 1), (6.0, 7.0, 1, 1, 1),
+    ]  # fmt: skip
+    assert sum(r["share"] for r in rows) == pytest.approx(1)
+
+
+def test_forking_tokens_are_those_of_highest_mean_entropy(scored):
+    rows = run(scored, "top_entropy_tokens", min_count=2).to_dicts()
+    expected = {t: [e[t] for e in ENTROPIES.values() if t < len(e)] for t in (0, 1)}
+    means = {t: sum(v) / len(v) for t, v in expected.items()}
+    assert [(r["token_id"], r["n"], r["mean_entropy"]) for r in rows] == [
+        (t, 4, means[t]) for t in sorted(means, key=lambda t: -means[t])
+    ]
+
+
+def test_scorer_agreement_compares_tokens_and_counts_those_that_differ(scored, add_rows):
+    add_rows(scored, "scores", [
+        scored_row("a", "two", [1.0, 2.0], 1, logprobs=[-1.0, -3.5]),
+        scored_row("c", "two", [0.5, 0.5], 2, token_ids=[7, 8]),
+    ])  # fmt: skip
+    [pair] = run(scored, "scorer_agreement").to_dicts()
+    assert (pair["a"], pair["b"], pair["n_rollouts"], pair["n_other_tokens"], pair["n_tokens"]) == ("one", "two", 1, 1, 2)
+    assert (pair["mean_abs_difference"], pair["max_abs_difference"]) == (0.25, 0.5)
+    assert pair["mean_abs_entropy_difference"] == 0.5
+
+
+def test_scorer_agreement_knows_the_logprobs_recorded_while_sampling(make_store, add_rows):
+    rows = group("P", [1, 0], completion_ids=[0, 1], logprobs=[-1.0, -2.0], n_completion_tokens=2)
+    rows[0]["rollout_id"] = "a"
+    made = make_store(rows)
+    add_rows(made, "scores", [scored_row("a", "one", [1.0, 3.0], 1)])
+    [pair] = run(made, "scorer_agreement").to_dicts()
+    assert (pair["a"], pair["b"], pair["n_rollouts"], pair["mean_abs_difference"]) == ("one", "recorded", 1, 0.5)
+
+
+def test_tokens_outside_the_loss_mask_count_nowhere(make_store, add_rows):
+    """Of entropies 1, 9, 3 the mask leaves out the 9; the other rollout has one token of entropy 4."""
+    rows = group("P", [1, 0], step=1)
+    for row, name in zip(rows, "ab", strict=True):
+        row["rollout_id"] = name
+    made = make_store(rows)
+    masked = {**scored_row("a", "one", [1.0, 9.0, 3.0], 1), "loss_mask": [True, False, True], "mean_entropy": 2.0}
+    add_rows(made, "scores", [masked, scored_row("b", "one", [4.0], 1)])
+    other = {**scored_row("a", "two", [1.0, 2.0, 3.0], 1, logprobs=[-1.0, -50.0, -3.0]), "loss_mask": None}
+    [step] = run(made, "entropy_by_step").to_dicts()
+    assert step["mean_of_tokens"] == pytest.approx((1 + 3 + 4) / 3)
+    assert {r["token_id"] for r in run(made, "top_entropy_tokens", min_count=1).to_dicts()} == {0, 2}
+    add_rows(made, "scores", [other])
+    [pair] = run(made, "scorer_agreement").to_dicts()
+    assert (pair["n_tokens"], pair["max_abs_difference"]) == (2, 0.0)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
-from echolab.readers.base import BOM, parse_json
+from echolab.readers.base import BOM, is_compressed, open_bytes, parse_json
 
 ALL = "[]"  # in a path: every element of a list
 CHUNK = 1 << 20
@@ -17,9 +18,11 @@ REST_BYTES = 16 << 20  # how much of a broken document's unreadable rest is kept
 
 _SPACE = re.compile(rb"[ \t\r\n]*+")
 _SCALAR = re.compile(rb'[^ \t\r\n,:"\[\]{}]*+')
+_OPENING, _CLOSING = re.compile(rb"[\[{]++"), re.compile(rb"[\]}]++")
 _TO_BRACKET = re.compile(rb'[^"\[\]{}]*+')
 
 At = tuple[str | int, ...]
+Name = str | frozenset[str]  # in a path; a set is any of its names
 
 
 @dataclass(slots=True)
@@ -113,11 +116,9 @@ class _Cursor:
             if byte == ord('"'):
                 self.string()
             elif byte in b"{[":
-                depth += 1
-                self.pos += 1
+                depth += self.brackets(_OPENING)
             elif byte in b"}]" and depth:
-                depth -= 1
-                self.pos += 1
+                depth -= self.brackets(_CLOSING, depth)
             else:
                 self.run(_SCALAR)
                 if self.pos == self.mark:
@@ -125,6 +126,13 @@ class _Cursor:
             if not depth:
                 return bytes(self.buf[self.mark : self.pos])
             self.run(_TO_BRACKET)
+
+    def brackets(self, pattern: re.Pattern[bytes], most: int = CHUNK) -> int:
+        """Past those that stand here side by side; how many."""
+        match = pattern.match(self.buf, self.pos, self.pos + most)
+        found = match.end() - self.pos if match else 0
+        self.pos += found
+        return found
 
     def expect(self, wanted: bytes) -> int:
         byte = self.peek()
@@ -144,12 +152,14 @@ def place(at: At) -> str:
     return "".join(f"[{a}]" if isinstance(a, int) else f".{a}" for a in at).lstrip(".") or "the document"
 
 
-def walk(path: Path, names: Sequence[str], size: int | None = None, chunk: int = CHUNK) -> Iterator[Piece | Broken]:
+def walk(path: Path, names: Sequence[Name], size: int | None = None, chunk: int = CHUNK) -> Iterator[Piece | Broken]:
     """The pieces of the document in `path`, in the order of the file: `names` leads from its root to the elements,
     with ALL for each list on the way. Memory holds one piece and one chunk. Elements that are complete come out
     whatever follows them."""
-    with path.open("rb") as file:
-        cursor = _Cursor(file, path.stat().st_size if size is None else size, chunk)
+    early: list[str] = []  # why a compressed file ends before its time
+    with open_bytes(path, early.append) as file:
+        size = sys.maxsize if is_compressed(path) else path.stat().st_size if size is None else size
+        cursor = _Cursor(file, size, chunk)
         try:
             begin = file.read(min(len(BOM), cursor.left))
             cursor.left -= len(begin)
@@ -161,7 +171,8 @@ def walk(path: Path, names: Sequence[str], size: int | None = None, chunk: int =
         try:
             yield from _walk(cursor, names, ())
         except _End:
-            yield Broken(f"the file ends in the middle of {place(cursor.at)}", cursor.rest())
+            why = f": {early[0]}" if early else ""
+            yield Broken(f"the file ends in the middle of {place(cursor.at)}{why}", cursor.rest())
             return
         except _Syntax as e:
             yield _broken(cursor, str(e))
@@ -177,12 +188,11 @@ def walk(path: Path, names: Sequence[str], size: int | None = None, chunk: int =
 def _broken(cursor: _Cursor, problem: str) -> Broken:
     reason = f"not JSON in {place(cursor.at)}, at byte {cursor.dropped + cursor.pos}: {problem}"
     rest = cursor.rest()
-    end = cursor.dropped + cursor.mark + len(rest)
-    cut = f"; only the next {len(rest)} bytes are kept" if cursor.file.seek(0, 2) > end else ""
+    cut = f"; only the next {len(rest)} bytes are kept" if cursor.file.read(1) else ""
     return Broken(reason + cut, rest)
 
 
-def _walk(cursor: _Cursor, names: Sequence[str], at: At) -> Iterator[Piece | Broken]:
+def _walk(cursor: _Cursor, names: Sequence[Name], at: At) -> Iterator[Piece | Broken]:
     cursor.at = at
     if not names:
         yield Piece(at, cursor.value())
@@ -208,7 +218,7 @@ def _walk(cursor: _Cursor, names: Sequence[str], at: At) -> Iterator[Piece | Bro
             yield from _member(cursor, names, at)
 
 
-def _member(cursor: _Cursor, names: Sequence[str], at: At) -> Iterator[Piece | Broken]:
+def _member(cursor: _Cursor, names: Sequence[Name], at: At) -> Iterator[Piece | Broken]:
     if cursor.peek() != ord('"'):
         raise _Syntax("expected a name in quotes")
     try:
@@ -216,7 +226,7 @@ def _member(cursor: _Cursor, names: Sequence[str], at: At) -> Iterator[Piece | B
     except ValueError as e:
         raise _Syntax(str(e)) from None
     cursor.expect(b":")
-    if name == names[0]:
+    if name == names[0] or (isinstance(names[0], frozenset) and name in names[0]):
         yield from _walk(cursor, names[1:], (*at, name))
     else:
         cursor.at = (*at, name)

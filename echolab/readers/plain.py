@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as File
 from typing import Any
@@ -23,12 +23,14 @@ from echolab.readers.base import (
     integer,
     json_lines,
     number,
+    open_bytes,
     parquet_rows,
     parse_json,
     raw_json,
     text,
+    unpacked_name,
 )
-from echolab.readers.jsonstream import ALL, Broken, walk
+from echolab.readers.jsonstream import ALL, Broken, Piece, walk
 from echolab.schema import ROLLOUTS
 
 NAME = "plain"
@@ -56,20 +58,27 @@ Names = tuple[str, ...]
 
 
 def sniff(head: Head) -> str | None:
-    keys = head.keys
+    keys = first_row(head)
+    name = next((n for n in _COMPLETION if n in keys), None)
+    return f"its rows have the field {name}" if name else None
+
+
+def first_row(head: Head) -> dict[str, Any]:
+    """The first object of a file in any container; of Parquet its columns, without values."""
     if head.schema is None and _is_array(head.path, head.start):
         first = next(walk(head.path, (ALL,)), None)
         try:
             value = None if first is None or isinstance(first, Broken) else parse_json(first.raw)
         except ValueError:
-            return None
-        keys = frozenset(value) if isinstance(value, dict) else frozenset()
-    name = next((n for n in _COMPLETION if n in keys), None)
-    return f"its rows have the field {name}" if name else None
+            value = None
+    else:
+        value = dict.fromkeys(head.keys) if head.schema is not None else head.first
+    return value if isinstance(value, dict) else {}
 
 
 def _is_array(path: File, start: bytes) -> bool:
-    return path.suffix.lower() not in (".jsonl", ".ndjson") and start.removeprefix(BOM).lstrip().startswith(b"[")
+    lines = unpacked_name(path.name).lower().endswith((".jsonl", ".ndjson"))
+    return not lines and start.removeprefix(BOM).lstrip().startswith(b"[")
 
 
 @dataclass
@@ -93,7 +102,7 @@ def read(source: Source) -> Iterator[Row | Bad]:
     plan = _plan(source.options.map)
     checked = source.start > 0
     absent = plan.columns - {"group"} if not checked else set()
-    for item in _items(source):
+    for item in items_of(source):
         if isinstance(item, Bad):
             yield item
             continue
@@ -121,8 +130,9 @@ def _has(fields: dict[str, Any], column: str) -> bool:
     return fields.get("messages" if column == "prompt" and fields.get("prompt") is None else column) is not None
 
 
-def _items(source: Source) -> Iterator[tuple[int, bytes, dict[str, Any]] | Bad]:
-    with source.path.open("rb") as f:
+def items_of(source: Source) -> Iterator[tuple[int, bytes, dict[str, Any]] | Bad]:
+    """The objects of a file in any container, each with its row, and its bytes where it is text."""
+    with open_bytes(source.path) as f:
         start = f.read(HEAD_BYTES)
     if start[:4] != b"PAR1" and not _is_array(source.path, start):
         yield from json_lines(source)
@@ -133,11 +143,14 @@ def _items(source: Source) -> Iterator[tuple[int, bytes, dict[str, Any]] | Bad]:
         for item in parquet_rows(source):
             yield item if isinstance(item, Bad) else (item[0], b"", item[1])
     else:
-        yield from _elements(source)
+        yield from elements(source, (ALL,))
 
 
-def _elements(source: Source) -> Iterator[tuple[int, bytes, dict[str, Any]] | Bad]:
-    for piece in walk(source.path, (ALL,), source.size):
+def elements(source: Source, names: Sequence[str]) -> Iterator[tuple[int, bytes, dict[str, Any]] | Bad]:
+    """The objects of a list in a JSON document, to which `names` lead."""
+    for piece in walk(source.path, names, source.size):
+        if isinstance(piece, Piece) and piece.side:
+            continue
         row = source.rows
         source.rows += 1
         if isinstance(piece, Broken):
@@ -274,7 +287,7 @@ def _row(row: int, columns: dict[str, Any], rest: dict[str, Any]) -> Row:
         if column.startswith("rewards."):
             rewards[column.removeprefix("rewards.")] = number(value, column)
         else:
-            fields[column] = _CONVERT.get(column, _word)(value, column)
+            fields[column] = CONVERT.get(column, as_word)(value, column)
     rewards = {**fields.get("rewards", {}), **rewards}
     fields["rewards"] = {name: r for name, r in rewards.items() if r is not None and r == r} or None
     fields["extra"] = {**rest, **(given if isinstance(given, dict) else {} if given is None else {"extra": given})}
@@ -297,7 +310,7 @@ def _text(value: Any, what: str) -> str:
     return value
 
 
-def _word(value: Any, what: str) -> str | None:
+def as_word(value: Any, what: str) -> str | None:
     """A name or version: empty means unknown."""
     if isinstance(value, dict | list):
         raise ValueError(f"{what} is not a single value: {type(value).__name__}")
@@ -317,7 +330,7 @@ def _messages(value: Any, what: str) -> list[dict[str, Any]]:
     return value
 
 
-def _numbers(kind: str, value: Any, what: str) -> list:
+def numbers(kind: str, value: Any, what: str) -> list:
     """A list of numbers, checked at the speed of C."""
     if not isinstance(value, list):
         raise ValueError(f"{what} is not a list: {type(value).__name__}")
@@ -328,8 +341,8 @@ def _numbers(kind: str, value: Any, what: str) -> list:
     return value
 
 
-def _ids(value: Any, what: str) -> list[int]:
-    ids = _numbers("i", value, what)
+def token_ids(value: Any, what: str) -> list[int]:
+    ids = numbers("i", value, what)
     if ids and min(ids) < 0:
         raise ValueError(f"{what} holds a negative token id")
     return ids
@@ -356,13 +369,13 @@ def _sampling(value: Any, what: str) -> dict[str, Any]:
     return value
 
 
-_CONVERT: dict[str, Callable[[Any, str], Any]] = {
+CONVERT: dict[str, Callable[[Any, str], Any]] = {
     **dict.fromkeys(("prompt", "completion"), _text),
     **dict.fromkeys(("step", "sample", "part", "n_prompt_tokens", "n_completion_tokens"), integer),
     **dict.fromkeys(("reward", "advantage"), number),
-    **dict.fromkeys(("prompt_ids", "completion_ids"), _ids),
+    **dict.fromkeys(("prompt_ids", "completion_ids"), token_ids),
     "ground_truth": lambda value, what: text(value) or None,
-    "logprobs": lambda value, what: _numbers("d", value, what),
+    "logprobs": lambda value, what: numbers("d", value, what),
     "loss_mask": _mask,
     "messages": _messages,
     "prompt_format": _format,

@@ -6,7 +6,9 @@
 -- column: text | its text by the scorer's tokenizer; NULL where the vocabulary is not stored
 -- column: entropy | entropy of the next-token distribution at this token, in nats
 -- column: logprob | log-probability of the token
-SELECT t.rollout_id, t.scorer, t.position::INTEGER AS position, t.token_id, v.text, t.entropy, t.logprob
+-- column: counted | the loss mask counts it; true where there is none
+SELECT
+  t.rollout_id, t.scorer, t.position::INTEGER AS position, t.token_id, v.text, t.entropy, t.logprob, coalesce(t.counted, true) AS counted
 FROM (
   SELECT
     rollout_id,
@@ -15,6 +17,7 @@ FROM (
     unnest(token_ids) AS token_id,
     unnest(entropies) AS entropy,
     unnest(logprobs) AS logprob,
+    unnest(loss_mask) AS counted,
     chosen_tokenizer() AS tokenizer
   FROM base.scores
   WHERE scorer = chosen_scorer()

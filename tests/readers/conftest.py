@@ -1,18 +1,15 @@
-"""Dumps of each format, generated from what the trainers write, and one way to read a file in a test."""
+"""One way to read a file in a test, and the dumps of the formats that are as old as the project."""
 
 from __future__ import annotations
 
-import json
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from generators import plain, qwen_math, reasoning_gym, trl, verl
 
 from echolab.readers.base import Bad, ReadOptions, Row, Source
 
@@ -58,123 +55,38 @@ def read() -> Callable[..., Result]:
     return read_file
 
 
+def _read_in_two(reader: ModuleType, path: Path, cut: int, typed: str = "") -> None:
+    whole, content = read_file(reader, path, typed), path.read_bytes()
+    path.write_bytes(content[:cut])
+    first = read_file(reader, path, typed)
+    path.write_bytes(content)
+    done = first.source
+    rest = read_file(reader, path, typed, done.consumed, done.rows, done.found)
+    rows = [[repr((r.row, r.key, r.fields)) for r in part] for part in (first.rows, rest.rows, whole.rows)]  # NaN != NaN
+    bad = [
+        [(b.row, b.reason, b.raw.strip()) for b in part.bad if not (b.tail and part is first)] for part in (first, rest, whole)
+    ]
+    assert rows[0] + rows[1] == rows[2]
+    assert bad[0] + bad[1] == bad[2]
+    assert (rest.source.consumed, rest.source.rows) == (whole.source.consumed, whole.source.rows)
+
+
+@pytest.fixture(scope="session")
+def read_in_two() -> Callable[..., None]:
+    """`read_in_two(reader, path, cut)`: a file cut at a byte, read, completed and read on gives what it gives at once."""
+    return _read_in_two
+
+
 @pytest.fixture(scope="session")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for property tests, which write the same file again and again."""
     return tmp_path_factory.mktemp("scratch")
 
 
-def lines(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
-
-
-def verl_v0(path: Path, prompts: int = 3, n: int = 4, step: int = 7, seed: int = 0) -> Path:
-    """ray_trainer.py: no uid, rows permuted by _balance_batch, numpy scalars in extras as text (default=str)."""
-    rng = random.Random(seed)
-    rows = []
-    for p in range(prompts):
-        for s in range(n):
-            right = rng.random() < 0.5
-            row = {"input": f"user\nWhat is {p}+{p}?\nassistant\n", "output": f"sample {s}: \\boxed{{{2 * p + 1 - right}}}"}
-            row |= {"gts": str(2 * p), "score": float(right), "step": step, "acc": str(right), "pred": str(2 * p + 1 - right)}
-            rows.append(row)
-    rng.shuffle(rows)
-    return lines(path, rows)
-
-
-def verl_v1(path: Path, prompts: int = 3, n: int = 4, parts: int = 1, step: int = 7) -> Path:
-    """ppo/v1/trainer_base.py: sorted by the uid {prompt uid}_{session}_{index}; a prompt uid may hold underscores."""
-    rows = [
-        {
-            "input": f"Q{p}",
-            "output": f"A{p}.{s}.{i}",
-            "gts": str(p),
-            "score": float(s % 2),
-            "step": step,
-            "uid": f"6b_{p}_{s}_{i}",
-        }
-        for p in range(prompts)
-        for s in range(n)
-        for i in range(parts)
-    ]
-    return lines(path, rows)
-
-
-def standardised(rewards: list[float]) -> list[float]:
-    mean = sum(rewards) / len(rewards)
-    std = (sum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1)) ** 0.5
-    return [(r - mean) / (std + 1e-4) for r in rewards]
-
-
-def trl_table(blocks: list[tuple[str, list[float]]], advantages: Callable | None = standardised, **more: list) -> pa.Table:
-    """grpo_trainer.py: blocks of consecutive rows, one for each visit of a prompt."""
-    rewards = [r for _, rs in blocks for r in rs]
-    prompts = [p for p, rs in blocks for _ in rs]
-    columns = {"step": pa.array([5] * len(rewards)), "prompt": pa.array(prompts, pa.large_string())}
-    columns["completion"] = pa.array([f"c{i}" for i in range(len(rewards))], pa.large_string())
-    columns["accuracy"] = pa.array(rewards, pa.float64())
-    columns |= {name: pa.array(values) for name, values in more.items()}
-    if advantages:
-        columns["advantage"] = pa.array([a for _, rs in blocks for a in advantages(rs)], pa.float64())
-    return pa.table(columns)
-
-
-def trl(path: Path, table: pa.Table | None = None) -> Path:
-    if table is None:
-        table = trl_table([("a", [0.0, 1.0, 1.0, 0.5]), ("b", [1.0, 1.0, 1.0, 1.0]), ("c", [0.0, 0.0, 0.0, 1.0])])
-    pq.write_table(table, path, row_group_size=5)
-    return path
-
-
-def gym_document(results: int = 2, samples: int = 3, datasets: int = 2, name: Callable[[int], str] = "set{}".format) -> dict:
-    def result(d: int, r: int) -> dict:
-        scores = [(d + r + s) % 2 for s in range(samples)]
-        completions = [
-            {"model_answer": None if s else f"{r}", "full_model_response": f"{d}.{r}.{s}", "score": x}
-            for s, x in enumerate(scores)
-        ]
-        summary = {"best_score": max(scores), "mean_score": sum(scores) / samples}
-        return {"question": f"Q{r}", "expected_answer": f"{r}", **summary, "completions": completions}
-
-    sets = [
-        {"name": name(d), "category": "algebra", "config": {"size": None}, "results": [result(d, r) for r in range(results)]}
-        for d in range(datasets)
-    ]
-    metadata = {"model": "m", "temperature": 0.6, "top_p": 0.9, "max_tokens": 64, "eval_repeats": samples}
-    return {"metadata": metadata, "categories": [{"name": "algebra", "datasets": sets}]}
-
-
-def reasoning_gym(path: Path, **options: Any) -> Path:
-    path.write_text(json.dumps(gym_document(**options), indent=2))
-    return path
-
-
-def qwen_math(path: Path, problems: int = 3, n: int = 2) -> Path:
-    rows = [
-        {
-            "idx": 10 + p,
-            "question": f"Q{p}",
-            "gt_cot": "None",
-            "gt": f"{p}",
-            "level": f"Level {p}",
-            "solution": "long",
-            "code": [f"{p}.{s}" for s in range(n)],
-            "pred": [f"{s}" for s in range(n)],
-            "report": [None] * n,
-            "score": [(p + s) % 2 == 0 for s in range(n)],
-            "pred_score": [[s / 4] for s in range(n)],
-        }
-        for p in range(problems)
-    ]
-    return lines(path, rows)
-
-
-def plain(path: Path, n: int = 4) -> Path:
-    return lines(path, [{"prompt": f"Q{i // 2}", "completion": f"A{i}", "reward": i % 2, "step": 3} for i in range(n)])
-
-
 @pytest.fixture(scope="session")
 def dumps() -> SimpleNamespace:
-    makers = (lines, verl_v0, verl_v1, trl, trl_table, standardised, reasoning_gym, gym_document, qwen_math, plain)
-    return SimpleNamespace(**{m.__name__: m for m in makers})
+    return SimpleNamespace(
+        lines=plain.lines, plain=plain.dump, verl_v0=verl.v0, verl_v1=verl.v1, trl=trl.dump, trl_table=trl.table,
+        standardised=trl.standardised, reasoning_gym=reasoning_gym.dump, gym_document=reasoning_gym.document,
+        qwen_math=qwen_math.dump,
+    )  # fmt: skip

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 
 import pyarrow as pa
@@ -80,6 +81,17 @@ def test_fields_named_like_our_columns_need_no_map_in_any_container(tmp_path, re
     assert len(result.rows) == result.source.rows == 2
     assert result.source.consumed == path.stat().st_size
     assert bool(result.source.found.get("whole")) is (name in ("a.json", "a.parquet"))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_compressed_file_is_read_as_what_is_in_it(tmp_path, read, name):
+    path = write(tmp_path / name, [FULL, FULL])
+    packed = tmp_path / f"{name}.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert [(r.row, r.key, r.fields) for r in read(plain, packed).rows] == [
+        (r.row, r.key, r.fields) for r in read(plain, path).rows
+    ]
+    assert len(read(plain, packed).rows) == 2
 
 
 def test_fields_are_columns_of_the_rollouts_table(tmp_path, read):
