@@ -136,8 +136,8 @@ class _Verification:
         self.waiting: dict[str, list[str]] = {}  # input_hash -> rollouts
         self.known: dict[str, Judged] = {}
         self.fresh: dict[Key, Judged] = {}  # not yet committed
-        self.anew = False  # some of what is to be made replaces what stands
-        self.clean = {f.name for f in _files(snapshot, verifier)}  # files that hold no key of what is to be made
+        self.replacing: set[Key] = set()  # may take the place of a verdict that stood when we began
+        self.clean = {f.name for f in _files(snapshot, verifier)}  # files that hold no other key of what is to be made
 
     def go(self, rows: Iterable[dict[str, Any]], **limits: Any) -> None:
         try:
@@ -163,7 +163,8 @@ class _Verification:
             if row["known_hash"] == key and row["known_status"] not in self.again:
                 report.stood += 1
                 continue
-            self.anew = self.anew or row["known_hash"] is not None
+            if row["known_hash"] is not None:
+                self.replacing.add((row["rollout_id"], key))
             if given is None:
                 self._keep(row["rollout_id"], key, Judged("no_answer"))
             elif key in self.known:
@@ -195,16 +196,19 @@ class _Verification:
         if not self.fresh:
             return
         with ExitStack() as held:
-            if self.anew:  # files may have to be rewritten, as compaction does
+            replaces = bool(self.replacing & self.fresh.keys())
+            if replaces:  # files may have to be rewritten, as compaction does
                 held.enter_context(self.store.lock(name="compact"))
             held.enter_context(self.store.lock())
             snapshot = self.store.snapshot()
-            outdated = self._settle([f for f in _files(snapshot, self.verifier) if self.anew or f.name not in self.clean])
+            before = _files(snapshot, self.verifier)
+            outdated = self._settle([f for f in before if replaces or f.name not in self.clean])
             if self.fresh:
                 _register(snapshot, self.verifier)
                 rows = pa.concat_tables([self._table(), *(self._without_fresh(f) for f in outdated)])
                 self.store.commit("verdicts", self.store.stage("verdicts", rows, self.folder), outdated)
-                self.clean = {f.name for f in _files(self.store.snapshot(), self.verifier)}
+                if not outdated:  # ours alone: a file of another process may hold what we judge next
+                    self.clean |= {f.name for f in _files(self.store.snapshot(), self.verifier)} - {f.name for f in before}
         for judged in self.fresh.values():
             self.report.count(judged)
         self.fresh, self.committed_at = {}, time.monotonic()
@@ -214,11 +218,13 @@ class _Verification:
         older: dict[str, tuple[DataFile, set[Key]]] = {}
         for file in files:
             for key, made in zip(_keys(file), _column(file, "created_at"), strict=True):
-                if key in self.fresh and made >= self.began:
+                if key not in self.fresh:
+                    continue
+                if key in self.replacing and made < self.began:
+                    older.setdefault(file.name, (file, set()))[1].add(key)
+                else:
                     del self.fresh[key]
                     self.report.elsewhere += 1
-                elif key in self.fresh:
-                    older.setdefault(file.name, (file, set()))[1].add(key)
         return [file for file, keys in older.values() if keys & self.fresh.keys()]
 
     def _without_fresh(self, file: DataFile) -> pa.Table:
