@@ -28,7 +28,7 @@ lint: .venv/dev
 	touch $@
 
 .venv/slow: .venv/dev
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,ray]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,ray,trl]"
 	touch $@
 
 clean:
