@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from echolab.readers import npy
+import numpy as np
+
 from echolab.readers.base import (
     Bad,
     Head,
@@ -205,11 +206,27 @@ def _numbers(reading: _Reading, record: dict[str, Any]) -> tuple[list[float] | N
         path = (reading.folder / name).resolve()
         if ".." in PurePosixPath(name).parts or not path.is_relative_to(reading.folder):
             return None, f"entropy_tensor_file leads out of the dump's folder: {name[:80]!r}"
-        return npy.floats(path), ""
+        return floats(path), ""
     except FileNotFoundError:
         return None, f"{name} is missing"
     except (OSError, ValueError) as e:
         return None, f"{name[:80]!r}: {e.strerror if isinstance(e, OSError) else e}"
+
+
+def floats(path: Path) -> list[float]:
+    """The numbers of a .npy file. Raises ValueError where it holds anything else, OSError where it cannot be read."""
+    with path.open("rb") as f:
+        try:
+            numbers = np.lib.format.read_array(f, allow_pickle=False)
+        except OSError:
+            raise
+        except Exception as e:  # of many kinds: a header is an expression, and may ask for any amount of memory
+            raise ValueError(f"a .npy file that cannot be read: {(str(e) or type(e).__name__).splitlines()[0][:120]}") from None
+        if f.read(1):
+            raise ValueError("a .npy file with more behind its numbers")
+    if numbers.ndim != 1 or numbers.dtype.kind != "f":
+        raise ValueError(f"a .npy file of {str(numbers.dtype)[:40]} in {numbers.ndim} dimensions, not of floats in one")
+    return numbers.astype(np.float64).tolist()
 
 
 def _rollout(reading: _Reading, row: int, category: str, record: Any, raw: bytes) -> Row:

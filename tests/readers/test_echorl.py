@@ -6,12 +6,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 from generators import echorl as dump
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echolab.readers import echorl, look, npy
+from echolab.readers import echorl, look
 from echolab.readers.jsonstream import ALL, walk
 
 EOS, PAD = dump.EOS, dump.PAD
@@ -109,7 +111,7 @@ def _negative(path: Path) -> None:
     ("harm", "reason"),
     [
         (_lost, "correct_rollouts_tensors/sample_1_entropy.npy is missing"),
-        (_torn, "a .npy file with 9 bytes for 3 numbers"),
+        (_torn, "a .npy file that cannot be read"),
         (_short, "1 entropies do not fit 20 response_ids"),
         (_long, "99 entropies do not fit 20 response_ids"),
         (_nan, "an entropy is not finite"),
@@ -309,22 +311,36 @@ def test_thousands_of_records_take_seconds_and_one_record_of_memory(tmp_path, re
 @pytest.mark.parametrize("n", [0, 1, 1000])
 def test_floats_of_every_width_are_read(tmp_path, descr, n):
     values = [0.25 * i for i in range(n)]
-    assert npy.floats(dump.npy(tmp_path / "x.npy", values, descr)) == values
+    assert echorl.floats(dump.npy(tmp_path / "x.npy", values, descr)) == values
 
 
-def test_files_that_numpy_writes_are_read(tmp_path):
-    numpy = pytest.importorskip("numpy", reason="compares with numpy where it is installed")
-    values = numpy.random.default_rng(0).random(77)
-    for kind in ("float16", "float32", "float64"):
-        numpy.save(tmp_path / "x.npy", values.astype(kind))
-        assert npy.floats(tmp_path / "x.npy") == values.astype(kind).tolist()
-    with (tmp_path / "x.npy").open("wb") as f:
-        numpy.lib.format.write_array(f, values, version=(2, 0))
-    assert npy.floats(tmp_path / "x.npy") == values.tolist()
-    for other in (values.reshape(7, 11), values.astype(">f8"), values.astype("int64"), numpy.array([None]), numpy.array(1.0)):
-        numpy.save(tmp_path / "x.npy", other, allow_pickle=True)
+def test_files_that_numpy_writes_are_read_and_others_than_floats_in_one_dimension_are_not(tmp_path):
+    path, values = tmp_path / "x.npy", np.random.default_rng(0).random(77)
+    for kind in ("float16", "float32", "float64", ">f8"):
+        np.save(path, values.astype(kind))
+        assert echorl.floats(path) == values.astype(kind).tolist()
+    with path.open("wb") as f:
+        np.lib.format.write_array(f, values, version=(2, 0))
+    assert echorl.floats(path) == values.tolist()
+    for other in (values.reshape(7, 11), values.astype("int64"), np.array([None]), np.array(1.0), np.zeros(3, "f4,i4")):
+        np.save(path, other, allow_pickle=True)
         with pytest.raises(ValueError, match="npy file"):
-            npy.floats(tmp_path / "x.npy")
+            echorl.floats(path)
+    path.write_bytes(dump.npy(path, [0.5]).read_bytes() + b"\0")
+    with pytest.raises(ValueError, match="npy file"):
+        echorl.floats(path)
+    np.savez(path.with_suffix(".npz"), values)
+    with pytest.raises(ValueError, match="npy file"):
+        echorl.floats(path.with_suffix(".npz"))
+
+
+@pytest.mark.parametrize("shape", ["(100000000000,)", "(10000000000000000,)", "(100000000000000000000000,)", "(-1,)", "(-5,)"])
+def test_a_header_that_asks_for_more_than_the_file_has_costs_no_memory(tmp_path, shape):
+    path = dump.npy(tmp_path / "x.npy", [0.5] * 3, shape=shape)
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(ValueError, match="npy file"):
+        echorl.floats(path)
+    assert psutil.Process().memory_info().rss - before < 1 << 26
 
 
 @pytest.mark.parametrize(
@@ -335,7 +351,7 @@ def test_a_broken_header_is_a_reason_and_runs_nothing(tmp_path, header):
     body = header.encode("latin-1")
     path.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(body)) + body + b"\0" * 4)
     with pytest.raises(ValueError, match="npy file"):
-        npy.floats(path)
+        echorl.floats(path)
 
 
 @settings(max_examples=200, deadline=None)
@@ -347,7 +363,7 @@ def test_damaged_npy_files_give_numbers_or_a_reason(scratch, at, other, cut):
     data[at : None if cut else at + len(other)] = other
     path.write_bytes(data)
     try:
-        assert all(isinstance(v, float) for v in npy.floats(path))
+        assert all(isinstance(v, float) for v in echorl.floats(path))
     except ValueError as e:
         assert "npy file" in str(e)
 
