@@ -29,7 +29,7 @@ __all__ = ["auto", "compact", "history", "info", "leftovers", "migrate", "pins",
 PINNING = ("clipsets", "cohorts", "exports")
 FLOOR_HOURS = 1.0  # no file goes that is younger than the longest writer may need
 # Folders of these nobody resumes; others are plans that wait.
-OWN_JOBS = ("ingest-", "add-", "compact-", "items-", "resegment-", "gone-", "clipset-", "cohort-", "export-")
+OWN_JOBS = ("ingest-", "verify-", "add-", "compact-", "items-", "resegment-", "gone-", "clipset-", "cohort-", "export-")
 
 
 # What is in it.
