@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from echolab import ids
 from echolab.errors import EcholabError
 from echolab.files import conform
+from echolab.hub import located
 from echolab.schema import VOCAB
 from echolab.store import Snapshot, Store
 
@@ -104,8 +105,9 @@ def load_tokenizer(name: str | Path) -> Any:
         from transformers import PreTrainedTokenizerFast  # AutoTokenizer replaces parts of some models' tokenizers
     except ImportError:
         raise EcholabError("tokenizers need transformers: pip install 'echolab[torch]'") from None
+    where, options = located(str(name), "tokenizer.json")
     try:
-        return PreTrainedTokenizerFast.from_pretrained(str(name))
+        return PreTrainedTokenizerFast.from_pretrained(where, **options)
     except Exception as e:  # of many kinds, down to a bare Exception for a damaged tokenizer.json
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise EcholabError(f"{name}: no tokenizer can be loaded from it: {reason}") from None

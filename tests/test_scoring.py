@@ -183,7 +183,14 @@ def test_scores_of_two_scorers_and_recorded_logprobs_are_compared(store, model, 
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--model", "nowhere/at-all"], 1, "nowhere/at-all"),
+        (
+            ["--model", "nowhere/at-all"],
+            1,
+            "nowhere/at-all: no such folder, not downloaded before, and the Hub does not answer",
+        ),
+        (["--model", "./nowhere"], 1, "nowhere: no such folder"),
+        (["--model", "MODEL", "--tokenizer", "nowhere/at-all"], 1, "nowhere/at-all: no such folder, not downloaded before"),
+        (["--model", "MODEL", "--tokenizer", "./nowhere"], 1, "nowhere: no such folder"),
         ([], 2, "which model"),
         (["--model", "MODEL", "--where", "no_such_column = 1"], 1, "no_such_column"),
         (["--model", "MODEL", "--segmenter", "words"], 2, "unknown mode"),

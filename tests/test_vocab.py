@@ -201,10 +201,12 @@ def test_ids_that_the_vocabulary_lacks_are_blank():
 def test_what_is_no_fast_tokenizer_is_a_clear_error(transformers, tmp_path):
     with pytest.raises(EcholabError, match="slow tokenizer"):
         tokenizer_fingerprint(object())
+    (tmp_path / "empty").mkdir()
     (tmp_path / "tokenizer.json").write_text("{}")
-    for folder in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(EcholabError, match="no tokenizer can be loaded") as e:
-            load_tokenizer(folder)
+    reasons = {".": "no tokenizer can be loaded", "empty": "there is no tokenizer.json in it", "gone": "no such folder"}
+    for name, reason in reasons.items():
+        with pytest.raises(EcholabError, match=reason) as e:
+            load_tokenizer(tmp_path / name)
         assert "\n" not in str(e.value)
 
 

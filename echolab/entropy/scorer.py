@@ -24,6 +24,7 @@ from echolab.entropy.batching import Batch, Sample, batches, hidden_states, spli
 from echolab.entropy.head import Head, token_stats
 from echolab.entropy.render import COLUMNS, Renderer, Unfit
 from echolab.errors import EcholabError
+from echolab.hub import located
 from echolab.jobs import Done
 from echolab.schema import SCORES
 from echolab.segment import Segmenter, segmentations
@@ -89,9 +90,9 @@ class Scorer:
         device = _device(config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
-        _check_folder(config.model)
-        tokenizer = load_tokenizer(Path(config.tokenizer or config.model).expanduser())
-        model = _load_model(config, device)
+        where, options = located(config.model, "config.json")
+        tokenizer = load_tokenizer(config.tokenizer or config.model)
+        model = _load_model(config, device, where, options)
         _check_weights(model, config.model)
         return cls(config, model, tokenizer, Vocab.of(tokenizer), device)
 
@@ -248,25 +249,15 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _check_folder(model: str) -> None:
-    """Before the Hub is asked, which takes its time to say no."""
-    local = Path(model).expanduser()
-    if local.exists() and not (local / "config.json").exists():
-        raise EcholabError(f"{model} is no model folder: it has no config.json")
-    if not local.exists() and (local.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1):
-        raise EcholabError(f"{model}: no such folder")
-
-
-def _load_model(config: ScorerConfig, device: torch.device) -> Any:
+def _load_model(config: ScorerConfig, device: torch.device, where: str, options: dict[str, Any]) -> Any:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # ours is the one
-    local = Path(config.model).expanduser()
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(local) if local.exists() else config.model, dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
     except Exception as e:  # of many kinds: no such model, no network, a damaged file, an unknown architecture
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
         raise EcholabError(f"model {config.model} cannot be loaded: {reason}") from None
