@@ -205,6 +205,7 @@ CLIPS = Table(
         _c("peak_entropy", FLOAT64, "its entropy"),
         _c("distance", FLOAT64, "distance to the matched profile (selector match)"),
         _c("weight", FLOAT64, "weight in replay"),
+        _c("split", STRING, "train or validation; NULL = train"),
         _c("prompt", STRING, "prompt text"),
         _c("clip", STRING, "clip text"),
         _c("prompt_ids", TOKEN_IDS, "token ids of the prompt"),
