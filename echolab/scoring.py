@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,13 +21,14 @@ from echolab.segment import Segmenter, segmentations
 from echolab.sql import Session
 from echolab.store import Snapshot, Store
 from echolab.views import resolve, text
-from echolab.vocab import Vocab
+from echolab.vocab import Vocab, load_tokenizer
 
 if TYPE_CHECKING:
     from echolab.entropy.scorer import Scorer, ScorerConfig
 
 TABLES = ("scores", "segmentations")
 CHUNK_ROWS, COMMIT_ROWS = 1024, 50_000
+FINGERPRINT = re.compile("[0-9a-f]{32}")  # dumps may name their tokenizer in any other way
 
 # About the tokens of a rollout, where they are not counted: most texts have between three and five bytes a token.
 _TOKENS = """coalesce(n_prompt_tokens, strlen(coalesce(prompt, messages, '')) // 3)
@@ -136,23 +138,62 @@ def _register_segmenter(store: Store, segmenter: Segmenter, tokenizer: str) -> s
     return id
 
 
-def resegment(store: Store, scorer: str, segmenter: Segmenter) -> int:
-    """Cut what a scorer has scored by another rule, without its model. Returns how many rollouts were cut anew."""
+def resegment(store: Store, scorer: str, segmenter: Segmenter, tokenizer: str | None = None) -> int:
+    """Cut what a scorer has scored by another rule, without its model. A scorer whose vocabulary the store does not have
+    (the entropies are of a dump) needs its tokenizer once. Returns how many rollouts were cut anew."""
     snapshot = store.snapshot()
     scorer = resolve(snapshot, "scorer", scorer)
-    config = snapshot.registry("scorers")[scorer]["config"]
-    if not config.get("tokenizer"):
-        raise EcholabError(f"scorer {scorer} names no tokenizer: ingest its dump with --tokenizer, and score with that model")
-    vocab = Vocab.stored(snapshot, config["tokenizer"])
+    entry = snapshot.registry("scorers")[scorer]
+    vocab = _stored_vocab(snapshot, entry) if tokenizer is None else _given_vocab(store, snapshot, entry, tokenizer)
+    eos = entry["config"].get("eos", vocab.special)  # a dump does not say which token ends a completion
     with store.lock():
         id = _register_segmenter(store, segmenter, vocab.tokenizer)
     done, held = 0, []
     with store.job("resegment") as folder:
         for scores in _uncut(snapshot, scorer, id, folder):
-            held.append(segmentations(scores, vocab, segmenter, config.get("eos") or ()))
+            held.append(segmentations(scores, vocab, segmenter, eos))
             if sum(t.num_rows for t in held) >= COMMIT_ROWS:
                 done += _commit(store, held, folder)
         return done + _commit(store, held, folder)
+
+
+def _stored_vocab(snapshot: Snapshot, entry: dict[str, Any]) -> Vocab:
+    """Of the tokenizer that a scorer names, or that was given for it before."""
+    named = entry["config"].get("vocabulary") or entry["config"].get("tokenizer")
+    if all(f.partition["tokenizer"] != named for f in snapshot.files("vocab")):
+        whose = f"of tokenizer {named}, scorer {entry['name']}'s" if named else f"for scorer {entry['name']}"
+        raise EcholabError(f"the store has no vocabulary {whose}: give the tokenizer itself, --tokenizer FOLDER")
+    return Vocab.stored(snapshot, named)
+
+
+def _given_vocab(store: Store, snapshot: Snapshot, entry: dict[str, Any], tokenizer: str) -> Vocab:
+    """Of this tokenizer, if it fits what the scorer scored; the store keeps it, and that it is the scorer's."""
+    vocab, config = Vocab.of(load_tokenizer(tokenizer)), entry["config"]
+    named = config.get("tokenizer") or ""
+    if FINGERPRINT.fullmatch(named) and named != vocab.tokenizer:
+        raise EcholabError(f"{tokenizer} is not the tokenizer of scorer {entry['name']}: it is {vocab.tokenizer}, not {named}")
+    with store.job("resegment") as folder:
+        lowest, highest = _bounds_of_ids(snapshot, entry["id"], folder)
+    if lowest < 0 or highest >= vocab.size:
+        said = f"tokenizer {tokenizer} does not fit scorer {entry['name']}: its token ids are {lowest}..{highest}"
+        raise EcholabError(f"{said}, the tokenizer's 0..{vocab.size - 1}")
+    vocab.keep(store)
+    if vocab.tokenizer not in (named, config.get("vocabulary")):
+        with store.lock():
+            kept = {**config, "vocabulary": vocab.tokenizer}
+            store.register("scorers", entry["id"], entry["name"], kept, entry["parents"], entry["version"])
+    return vocab
+
+
+def _bounds_of_ids(snapshot: Snapshot, scorer: str, folder: Path) -> tuple[int, int]:
+    """The lowest and the highest token id that a scorer has scored."""
+    files = [f.path for f in snapshot.files("scores") if f.partition["scorer"] == scorer]
+    if not files:
+        return 0, 0
+    with scratch(folder) as db:
+        query = f"SELECT min(list_min(token_ids)), max(list_max(token_ids)) FROM {parquet(files)}"
+        [(lowest, highest)] = db.sql(query).fetchall()
+    return lowest or 0, highest or 0
 
 
 def _commit(store: Store, held: list[pa.Table], folder: Path) -> int:

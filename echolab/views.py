@@ -110,7 +110,8 @@ class Base:
         """What `segments` and `tokens` show. Where a choice is missing, the error waits until a view is read."""
         scorer, scorer_id = self.choose("scorer", "scores", self.options.scorer)
         segmenter, _ = self.choose("segmenter", "segmentations", self.options.segmenter, scorer_id)
-        tokenizer = self.snapshot.registry("scorers").get(scorer_id or "", {}).get("config", {}).get("tokenizer")
+        config = self.snapshot.registry("scorers").get(scorer_id or "", {}).get("config", {})
+        tokenizer = config.get("vocabulary") or config.get("tokenizer")  # a recorded scorer's may have come later
         verifier = self.options.verifier
         self.macro(
             "chosen_verifier()", "NULL::VARCHAR" if verifier is None else text(resolve(self.snapshot, "verifier", verifier))

@@ -139,6 +139,7 @@ def score_resegment(
     mode: Annotated[str, option("newline, paragraph, sentence, regex:PATTERN, exact_ids:1,2 or fixed:N.")],
     scorer: Annotated[str, option("The scorer: its id, name or name@version.")],
     min_segment_tokens: Annotated[int, typer.Option(help="Shorter segments join the next one.")] = 1,
+    tokenizer: Annotated[str | None, option("The scorer's tokenizer, where the store lacks its vocabulary.")] = None,
     store: StoreOption = None,
     json_: JsonOption = False,
 ) -> None:
@@ -151,6 +152,6 @@ def score_resegment(
     from echolab.store import Store
 
     segmenter = Segmenter.make(mode=mode, min_segment_tokens=min_segment_tokens)
-    n = resegment(Store.open(store_path(store)), scorer, segmenter)
+    n = resegment(Store.open(store_path(store)), scorer, segmenter, tokenizer)
     said = f"{count(n, 'rollout')} cut by {segmenter.mode}"
     print_json({"segmenter": segmenter.mode, "rollouts": n}) if json_ else print(said)

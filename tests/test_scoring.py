@@ -16,12 +16,14 @@ import pytest
 pytest.importorskip("torch", reason="scoring needs torch")
 pytest.importorskip("transformers", reason="scoring needs transformers")
 
-from generators import models
+from generators import models, prime_rl
+from generators.plain import lines
 
 import echolab
 from echolab import jobs, scoring
 from echolab.entropy.scorer import Scorer, ScorerConfig
 from echolab.segment import Segmenter
+from echolab.vocab import load_tokenizer
 from pipelines.cli import main
 
 N = 48
@@ -166,6 +168,73 @@ def test_resegment_cuts_anew_without_the_model(store, model, capsys):
     assert echo("query", "entropy_by_position", "--store", store) == 1
     assert "choose with --segmenter" in capsys.readouterr().err
     assert echo("query", "entropy_by_position", "--segmenter", "fixed:5", "--store", store) == 0
+
+
+TEXTS = ["two and three\nis five", "so x = 12\nthen y = 7 .\n", "wait", "naïve 日本語\n😀 five\nis so"]
+
+
+@pytest.fixture
+def recorded(tmp_path, model) -> tuple[Path, list[list[int]]]:
+    """A store whose entropies were recorded while sampling, and the tokens, the second half with an end behind them."""
+    tokenizer = load_tokenizer(model)
+    ids = [tokenizer(t)["input_ids"] + [tokenizer.eos_token_id] * (i > 1) for i, t in enumerate(TEXTS)]
+    made = [{"prompt_ids": [9, 9], "completion_ids": tokens, "completion": "c", "reward": 1.0, "step": 4} for tokens in ids]
+    export = [prime_rl.export([9, 9, *tokens], [False] * 2 + [True] * len(tokens), 4, i) for i, tokens in enumerate(ids)]
+    with echolab.open(tmp_path / "recorded", create=True) as lab:
+        lab.ingest(lines(tmp_path / "d.jsonl", made), run="sampled")
+        lab.ingest(lines(tmp_path / "token_exports" / "step_4" / "rank_0.jsonl", export), run="sampled")
+    return tmp_path / "recorded", ids
+
+
+def test_what_a_dump_recorded_is_cut_with_its_tokenizer_which_the_store_then_knows(recorded, model, capsys):
+    store, ids = recorded
+    resegment = ("score", "resegment", "--scorer", "sampled", "--store", store, "--mode")
+    assert echo(*resegment, "newline") == 1
+    assert "no vocabulary for scorer sampled: give the tokenizer itself, --tokenizer FOLDER" in capsys.readouterr().err
+    assert echo(*resegment, "newline", "--tokenizer", model) == 0
+    assert "4 rollouts cut by newline" in capsys.readouterr().out
+    assert echo(*resegment, "fixed:3") == 0
+
+    tokenizer, expected = load_tokenizer(model), []
+    for tokens in ids:
+        numbers = prime_rl.entropies([9, 9, *tokens])[2:]
+        kept = [t for t in tokens if t != tokenizer.eos_token_id]
+        ends = sorted({i + 1 for i, t in enumerate(kept) if "\n" in tokenizer.decode([t])} | {len(kept)})
+        starts = [0, *ends][:-1]
+        expected.append((tokens, ends, [sum(numbers[a:b]) / (b - a) for a, b in zip(starts, ends, strict=True)]))
+    found = rows(
+        store,
+        """SELECT token_ids, segment_ends, segment_entropies FROM segmentations JOIN scores USING (rollout_id)
+        JOIN segmenters ON segmenters.id = segmenter AND segmenters.name = 'newline'""",
+    )
+    for (tokens, ends, means), (*same, exact) in zip(sorted(found), sorted(expected), strict=True):
+        assert [tokens, ends] == same
+        assert means == pytest.approx(exact, rel=1e-6)
+    with echolab.open(store) as lab:
+        shown = lab.sql("SELECT token_id, text FROM tokens", segmenter="newline").rows()
+        assert all(text is not None for _, text in shown)
+        assert len(lab.query("top_entropy_tokens", segmenter="newline", min_count=1))
+        assert lab.validate() == []
+
+
+def test_a_tokenizer_that_cannot_be_the_one_that_sampled_is_refused_and_nothing_is_kept(recorded, model, tmp_path, capsys):
+    store, ids = recorded
+    small = tmp_path / "small"
+    models.tokenizer(small, size=max(map(max, ids)))
+    assert echo("score", "--model", model, "--where", "false", "--store", store) == 0  # a scorer that names its tokenizer
+    assert echo("score", "resegment", "--scorer", "tiny", "--mode", "fixed:4", "--tokenizer", model, "--store", store) == 0
+    capsys.readouterr()
+    reasons = [
+        ("sampled", small, "does not fit scorer sampled: its token ids are "),
+        ("tiny", small, "is not the tokenizer of scorer tiny"),
+        ("sampled", tmp_path / "gone", "no such folder"),
+    ]
+    for scorer, folder, reason in reasons:
+        assert echo("score", "resegment", "--scorer", scorer, "--mode", "newline", "--tokenizer", folder, "--store", store) == 1
+        said = capsys.readouterr().err.strip()
+        assert reason in said and "\n" not in said
+    assert rows(store, "SELECT count(*) FROM segmentations") == [(0,)]
+    assert rows(store, "SELECT count(DISTINCT tokenizer) FROM vocab") == [(1,)]  # that of the model
 
 
 def test_scores_of_two_scorers_and_recorded_logprobs_are_compared(store, model, expected):
