@@ -139,6 +139,12 @@ class Job:
     def n_items(self) -> int:
         return 0 if not self.plan.num_rows else pc.max(self.plan["item"]).as_py() + 1
 
+    @cached_property
+    def sizes(self) -> dict[int, int]:
+        """The tokens of each item, about."""
+        per_item = self.plan.group_by("item").aggregate([("tokens", "sum")]).to_pylist()
+        return {row["item"]: row["tokens_sum"] for row in per_item}
+
     @property
     def status(self) -> dict[str, Any]:
         """As of the last commit: state (planned, running, stopped, failed, done), items, tokens, skipped, failed."""
@@ -289,12 +295,10 @@ class Job:
                 yield number, mine, [r for r in asked if r not in there]
 
     def _windows(self, numbers: Sequence[int]) -> Iterator[list[int]]:
-        per_item = self.plan.group_by("item").aggregate([("tokens", "sum")]).to_pylist()
-        sizes = {row["item"]: row["tokens_sum"] for row in per_item}
         window: list[int] = []
         for number in numbers:
             window.append(number)
-            if sum(sizes[n] for n in window) >= WINDOW_TOKENS:
+            if sum(self.sizes[n] for n in window) >= WINDOW_TOKENS:
                 yield window
                 window = []
         if window:
@@ -366,7 +370,7 @@ class Report:
         return Report(**numbers, failed=later.failed)
 
 
-Progress = Callable[[int, int, float], None]  # tokens done, tokens in all (about), tokens a second
+Progress = Callable[[int, int, float], None]  # tokens of the plan: those of finished items, all, and finished in a second
 
 
 def run(job: Job, backend: Backend, columns: Sequence[str], progress: Progress | None = None) -> Report:
@@ -380,7 +384,7 @@ class _Run:
         self.job, self.backend, self.columns, self.progress = job, backend, columns, progress
         self.report = Report(job.n_items)
         self.began = self.committed_at = time.monotonic()
-        self.total = pc.sum(job.plan["tokens"]).as_py() or 0
+        self.total, self.passed, self.before = sum(job.sizes.values()), 0, 0  # tokens of the plan
         self.pending: set[int] = set()
         self.lost: dict[int, list[str]] = {}
 
@@ -390,7 +394,9 @@ class _Run:
         job.commit()
         self.pending = set(range(job.n_items) if new else job.pending())
         report.skipped = Counter(s["reason"] for s in job.skipped())
+        self.passed = self.before = self.total - sum(job.sizes[i] for i in self.pending)
         self._say("running")
+        self._show()
         try:
             for _ in range(TRIES):
                 if not self.pending:
@@ -426,11 +432,16 @@ class _Run:
         self.job.stage(number, replace(result, skipped=[*result.skipped, *lost]))
         self.report.tokens += result.tokens
         self.report.rows += result.rows
-        if self.progress:
-            self.progress(self.report.tokens, self.total, self.report.tokens / max(time.monotonic() - self.began, 1e-9))
+        self.passed += self.job.sizes[number]
+        self._show()
         if len(self.job.staged) >= COMMIT_ITEMS or time.monotonic() - self.committed_at > COMMIT_SECONDS:
             self._commit()
             self._say("running")
+
+    def _show(self) -> None:
+        if self.progress:
+            rate = (self.passed - self.before) / max(time.monotonic() - self.began, 1e-9)
+            self.progress(self.passed, self.total, rate)
 
     def _commit(self) -> None:
         for facts in self.job.commit().values():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,19 +107,23 @@ class Progress:
     """A bar on a terminal, a line every few seconds elsewhere, nothing for --json. Bytes count as `MB`, all else by ones."""
 
     def __init__(self, what: str, enabled: bool, unit: str = "MB"):
-        self.what, self.enabled, self.unit, self.bar, self.said = what, enabled, unit, None, 0.0
+        self.what, self.enabled, self.unit, self.bar = what, enabled, unit, None
+        self.said, self.began, self.last = 0.0, (0.0, 0), 0  # the last line; when this began, and how far; how far now
 
     def __enter__(self) -> Any:
         return self.show if self.enabled else None
 
     def show(self, file: str, done: int, total: int) -> None:
         if not sys.stderr.isatty():
-            if time.monotonic() - self.said > 5:
-                self.said = self.said or time.monotonic()  # the first one comes only when it takes long
-                if time.monotonic() - self.said > 5:
-                    self.said = time.monotonic()
-                    shift = 20 if self.unit == "MB" else 0
-                    say(f"{f'{self.what} {file}'.rstrip()}: {done >> shift:,} of {total >> shift:,} {self.unit}")
+            now = time.monotonic()
+            if not self.said or done < self.last:  # the first line comes only when it takes long
+                self.said, self.began = self.said or now, (now, done)
+            self.last = done
+            if now - self.said > 5:
+                self.said = now
+                shift = 20 if self.unit == "MB" else 0
+                left = self.left(now, done, total)
+                say(f"{f'{self.what} {file}'.rstrip()}: {done >> shift:,} of {total >> shift:,} {self.unit}{left}")
             return
         if self.bar is None:
             from rich.console import Console
@@ -135,10 +139,17 @@ class Progress:
 
             counts = (DownloadColumn(), TransferSpeedColumn()) if self.unit == "MB" else (MofNCompleteColumn(),)
             columns = (TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn())
-            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            # what the time that remains is told by: a long piece of work is a step of minutes
+            self.bar = Progress(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=1800)
             self.bar.start()
             self.task = self.bar.add_task(self.what, total=total)
         self.bar.update(self.task, completed=done, total=total, description=f"{self.what} {file[-30:]}")
+
+    def left(self, now: float, done: int, total: int) -> str:
+        then, before = self.began
+        if done == before:
+            return ""
+        return f", {timedelta(seconds=round((total - done) * (now - then) / (done - before)))} left"
 
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:

@@ -72,7 +72,7 @@ def _score(
     config = ScorerConfig.make(**options)
     elsewhere = choose_backend(backend, workers, address)
     with Progress("scoring", enabled=not json_, unit="tokens") as progress:
-        show = progress and (lambda done, total, rate: progress(f"({rate:,.0f} tokens/s)", min(done, total), total))
+        show = progress and (lambda done, total, rate: progress(f"({rate:,.0f} tokens/s)" if rate else "", done, total))
         report, scorer = score_(target, config, where, show, elsewhere)
     if json_:
         print_json({"scorer": scorer, **report.__dict__})

@@ -137,6 +137,29 @@ def test_a_stop_in_the_middle_keeps_what_is_finished_and_goes_on_from_there(make
     assert contents(store) == expected
 
 
+def test_progress_counts_one_thing_begins_where_a_stopped_job_stood_and_ends_with_all(make_store):
+    store, shown = make_store(rollouts()), []
+    job = planned(store)
+
+    def show(done: int, total: int, rate: float) -> None:
+        shown.append((done, total, rate))
+        if len(shown) == 5:
+            raise KeyboardInterrupt
+
+    with job.lock(), pytest.raises(KeyboardInterrupt):
+        jobs.run(job, jobs.serial(work), COLUMNS, show)
+    for _ in range(2):  # the second time there is nothing left to do
+        with job.lock():
+            jobs.run(job, jobs.serial(work), COLUMNS, show)
+    done, totals, rates = zip(*shown, strict=True)
+    sizes = list(job.sizes.values())
+    before, after = sum(sizes[:4]), [sum(sizes[:n]) for n in range(4, job.n_items + 1)]
+    assert set(totals) == {600} == {sum(sizes)}
+    assert list(done) == [0, *(sum(sizes[:n]) for n in range(1, 5)), *after, 600]
+    assert after[0] == before and after[-1] == 600
+    assert [rate == 0 for rate in rates] == [True] + [False] * 4 + [True] + [False] * (len(after) - 1) + [True]
+
+
 def test_a_failing_item_is_tried_again_then_listed_and_the_others_are_stored(make_store, expected):
     store = make_store(rollouts())
     job, tries = planned(store), []
