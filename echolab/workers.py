@@ -74,7 +74,7 @@ def run(
     first = next(items, None)
     if first is None:
         return
-    pool = _Pool(task, workers or cores(), timeout, memory_gb)
+    pool = Pool(task, workers or cores(), timeout, memory_gb)
     try:
         pool.queue.append(first)
         yield from pool.results(items)
@@ -98,10 +98,10 @@ class _Worker:
         return cpu - self.cpu if state == "R" else now - self.since
 
 
-class _Pool:
-    """Our side: who works on what since when."""
+class Pool:
+    """Workers that stay for several calls of `results`; `close` ends them. Our side: who works on what since when."""
 
-    def __init__(self, task: Task, workers: int, timeout: float, memory_gb: float):
+    def __init__(self, task: Task, workers: int, timeout: float = 5.0, memory_gb: float = MEMORY_GB):
         self.count, self.timeout, self.patience = workers, timeout, min(PATIENCE, timeout)
         self.queue: deque[Any] = deque()
         self.workers: dict[int, _Worker] = {}
@@ -125,6 +125,7 @@ class _Pool:
         theirs.close()
 
     def results(self, items: Iterator[Any]) -> Iterator[tuple[Any, Outcome]]:
+        """Each item with its outcome, as they come. Read it to its end before the next call."""
         while True:
             self._feed(items)
             if not self.queue and not any(w.todo for w in self.workers.values()):

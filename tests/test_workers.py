@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from echolab import EcholabError, workers
-from echolab.workers import Outcome, Task, run
+from echolab.workers import Outcome, Pool, Task, run
 
 DOUBLING = Task("worker_functions:doubling")
 
@@ -168,3 +168,17 @@ def test_a_module_that_hangs_as_it_is_imported_is_an_error_in_one_line(monkeypat
     monkeypatch.setattr(workers, "LOAD_SECONDS", 1.0)
     with pytest.raises(EcholabError, match="no worker is ready after 1 s"):
         list(run(Task("worker_functions:slow_to_load"), range(3)))
+
+
+def test_a_pool_stays_for_several_calls_and_replaces_who_died_in_one():
+    pool = Pool(DOUBLING, 2)
+    try:
+        assert dict(pool.results(iter([1, 2]))) == {1: Outcome("ok", 2), 2: Outcome("ok", 4)}
+        before = {w.pid for w in pool.workers.values()}
+        second = dict(pool.results(iter([3, "kill", 4])))
+        assert (second[3], second[4], second["kill"].status) == (Outcome("ok", 6), Outcome("ok", 8), "error")
+        assert dict(pool.results(iter([]))) == {}
+        assert dict(pool.results(iter(range(100)))) == {i: Outcome("ok", 2 * i) for i in range(100)}
+        assert before & {w.pid for w in pool.workers.values()}
+    finally:
+        pool.close()
