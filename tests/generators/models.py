@@ -50,9 +50,9 @@ def tokenizer(folder: Path, size: int = 400) -> Any:
     return made
 
 
-def model(folder: Path, architecture: str = "qwen3", seed: int = 0, scale: float = 4.0) -> Path:
+def model(folder: Path, architecture: str = "qwen3", seed: int = 0, scale: float = 4.0, **config: Any) -> Path:
     """A random model in `folder`; `scale` makes its distributions far from flat. Its embedding is larger than the
-    tokenizer's vocabulary, as those of real models are."""
+    tokenizer's vocabulary, as those of real models are. `config`: other entries than the tiny tokenizer asks for."""
     import torch
     import transformers
 
@@ -61,9 +61,9 @@ def model(folder: Path, architecture: str = "qwen3", seed: int = 0, scale: float
     end = tokenizer(folder).eos_token_id
     name, options = ARCHITECTURES[architecture]
     ids = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": None}
-    config = getattr(transformers, name)(vocab_size=451, **_SIZES, **options, **ids)
+    settings = {"vocab_size": 451, **_SIZES, **options, **ids, **config}
     torch.manual_seed(seed)
-    made = transformers.AutoModelForCausalLM.from_config(config)
+    made = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**settings))
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.ndim > 1:
