@@ -1,0 +1,85 @@
+"""Words of texts, and n-grams as 64-bit hashes: what decontamination, near dedup and the search for loops compare.
+
+A text is folded first: NFKD without combining marks, lower case, `−` is `-`. A word is what stands between white space,
+without whatever is neither a letter nor a digit: `$x^{2}$` and `x^2` are both `x2`, and `+` between spaces is no word. Of a
+language without white space between words, a word is all that stands together."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from functools import lru_cache
+from hashlib import blake2b
+
+import numpy as np
+
+_MARKS = re.compile(r"[^\w\s]|_")
+_EXACT = re.compile(r"[^\w+\-*/^=<>|!%.,]|_|[.,](?!\d)|(?<!\d)[.,]")
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+
+
+def fold(text: str) -> str:
+    """What is left of a text when its case, its accents and its typographic forms do not count."""
+    if not text.isascii():
+        text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c)).replace("−", "-")
+    return text.lower()
+
+
+def words(text: str) -> list[str]:
+    return _MARKS.sub("", fold(text)).split()
+
+
+def exact(text: str) -> str:
+    """Texts are equal if these are: letters and digits, with the operators that tell one formula from another (of a point
+    or comma, those between digits). White space, brackets, dollars and the marks of a sentence do not count."""
+    return _EXACT.sub("", fold(text))
+
+
+@lru_cache(maxsize=1 << 20)
+def _hash(word: str) -> int:
+    return int.from_bytes(blake2b(word.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+
+
+def hashes(texts: Iterable[list[str]]) -> tuple[np.ndarray, np.ndarray]:
+    """The words of all texts as one array of hashes, and how many each text has."""
+    texts = list(texts)
+    counts = np.fromiter(map(len, texts), np.int64, len(texts))
+    return np.fromiter((_hash(w) for text in texts for w in text), np.uint64, int(counts.sum())), counts
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """Spread numbers over 64 bits (splitmix64)."""
+    values = values.astype(np.uint64) + _STEP
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def ngrams(values: np.ndarray, counts: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The n-grams of each text, in order, and how many it has: none where it is shorter than n."""
+    size = len(values) - n + 1
+    found = np.maximum(counts - n + 1, 0)
+    if size <= 0:
+        return np.empty(0, np.uint64), found
+    rolled = np.zeros(size, np.uint64)
+    for k in range(n):
+        rolled = rolled * _STEP + values[k : size + k]
+    ends = np.repeat(np.cumsum(counts), counts)[:size]
+    return mix(rolled[np.arange(n, size + n) <= ends]), found
+
+
+def distinct(grams: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The n-grams of each text sorted and once, and how many they are."""
+    text = np.repeat(np.arange(len(sizes)), sizes)
+    order = np.lexsort((grams, text))
+    grams, text = grams[order], text[order]
+    new = np.ones(len(grams), bool)
+    new[1:] = (grams[1:] != grams[:-1]) | (text[1:] != text[:-1])
+    return grams[new], np.bincount(text[new], minlength=len(sizes))
+
+
+def common(counts: np.ndarray, texts: int) -> np.ndarray:
+    """Which n-grams are no evidence, by the number of texts that each stands in: a template, or a phrase of the trade.
+    More than 10 texts and more than 1 in 100 have it, or more than half of at least 4."""
+    return (counts > max(10, texts / 100)) | ((counts > texts / 2) & (texts >= 4))
