@@ -55,13 +55,13 @@ def _add_reading(store: Store, rows: Rows, **ledger: Any) -> str:
     return ingest_id
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def add_reading() -> Callable[..., str]:
     """`add_reading(store, rows, attempt=2, ...)` stores rollouts and their ledger row; returns the ingest_id."""
     return _add_reading
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def add_rows() -> Callable[[Store, str, Rows], None]:
     """`add_rows(store, "verdicts", rows)` commits rows of any table without a ledger."""
 
@@ -72,7 +72,7 @@ def add_rows() -> Callable[[Store, str, Rows], None]:
     return add
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Store]:
     """`make_store(rows)`: a new store with one reading of these rows (none where there are no rows)."""
 
