@@ -1,5 +1,6 @@
 """Rollouts of a store, read again: what `echolab sql "SELECT * FROM rollouts" --out FILE` writes as Parquet or JSON, or the
-same rows as JSONL.
+same rows as JSONL. Beside the columns of `rollouts` a row may have the `entropies` of its completion_ids, as our own sampler
+writes them.
 
 The exported group_id is the group's key, so that groups stay what they were under any run and split. Ids are made anew. What a
 view adds to its table is not taken."""
@@ -10,20 +11,20 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from echolab.readers.base import BOM, Bad, Head, Row, Source, hash_whole, look, parse_json, raw_json
+from echolab.readers.base import BOM, Bad, Head, Row, Scores, Source, hash_whole, look, parse_json, raw_json
 from echolab.readers.jsonstream import ALL
 from echolab.readers.plain import COLUMNS, CONVERT, as_word, elements, first_row, items_of, numbers
 from echolab.schema import ROLLOUTS
 
 NAME = "echolab"
-VERSION = 1
+VERSION = 2  # entropies
 CONTINUES = True  # lines do; Parquet and documents say found["whole"]
 
 _DOCUMENT = re.compile(rb'\s*\{\s*"columns"\s*:\s*(\[.*?\])\s*,\s*"rows"\s*:\s*\[', re.DOTALL)
 _ID = re.compile(r"[0-9a-f]{32}")
 _TAKEN = (*(c for c in COLUMNS if c != "group"), "group_source")
 _VIEW = {"success", "kind", "success_threshold", "failure_reward", "completeness"}  # what the view adds
-_LEFT = {c.name for c in ROLLOUTS.columns} | _VIEW
+_LEFT = {c.name for c in ROLLOUTS.columns} | _VIEW | {"entropies"}
 _WORST = ("all", "effective", "filtered")  # the later the less a dump can show
 
 
@@ -57,7 +58,8 @@ def read(source: Source) -> Iterator[Row | Bad]:
             continue
         row, raw, value = item
         try:
-            made = Row(row, _fields(value), (_group(value),), raw)
+            fields = _fields(value)
+            made = Row(row, fields, (_group(value),), raw, scores=_scores(value, fields))
         except ValueError as e:
             yield Bad(row, str(e), raw or raw_json(value))
             continue
@@ -74,6 +76,14 @@ def _items(source: Source) -> Iterator[tuple[int, bytes, dict[str, Any]] | Bad]:
     source.found["whole"] = True  # a longer file is another file
     hash_whole(source)
     yield from elements(source, ("rows", ALL))
+
+
+def _scores(value: dict[str, Any], fields: dict[str, Any]) -> Scores | None:
+    if value.get("entropies") is None:
+        return None
+    logprobs = fields.get("logprobs")
+    known = logprobs is not None and None not in logprobs
+    return Scores(numbers("d", value["entropies"], "entropies"), logprobs if known else None)
 
 
 def _group(value: dict[str, Any]) -> str:

@@ -120,9 +120,23 @@ def test_columns_of_the_users_own_go_to_extra_and_experts_stay_experts(tmp_path,
     assert [r.fields["role"] for r in result.rows] == ["expert", "policy", "policy"]
 
 
+def test_entropies_of_its_tokens_become_scores_and_no_extra(tmp_path):
+    data = [dumps.row(0, i, i, entropies=[0.5, 1.5 + i]) for i in range(2)] + [dumps.row(0, 2, 2, entropies=[1.0])]
+    with echolab.open(tmp_path / "store", create=True) as lab:
+        report = lab.ingest(dumps.jsonl(tmp_path / "a.jsonl", data), run="r", tokenizer="t", temperature=1.0)
+        assert (report.rows, report.quarantined) == (2, 1)
+        assert lab.sql("SELECT entropies, logprobs FROM scores ORDER BY entropies").rows() == [
+            ([0.5, 1.5], [-0.5, -0.25]),
+            ([0.5, 2.5], [-0.5, -0.25]),
+        ]
+        assert lab.sql("SELECT count(*) FROM rollouts WHERE extra LIKE '%entropies%'").item() == 0
+        assert lab.validate() == []
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        ({"entropies": [0.5, "x"]}, "entropies is not a list of numbers"),
         ({"group_id": None}, "group_id is missing"),
         ({"group_id": 3}, "group_id is not a text: int"),
         ({"messages": "no json"}, "not JSON"),
