@@ -310,7 +310,7 @@ def _check_references(look: _Look) -> None:
             entry = "name || '@' || version" if registry in ("clipsets", "cohorts") else "id"
             missing = look.rows(f"""
                 SELECT DISTINCT "{column}" FROM "{name}"
-                WHERE "{column}" NOT IN (SELECT {entry} FROM {registry}) ORDER BY ALL LIMIT 3""")
+                WHERE "{column}" IS NOT NULL AND "{column}" NOT IN (SELECT {entry} FROM {registry}) ORDER BY ALL LIMIT 3""")
             if missing and registry in look.whole:
                 look.report(name, f"{column} {', '.join(m for (m,) in missing)} is not in {registry}", REMAKE)
     count, first = look.rows("""

@@ -109,8 +109,8 @@ def _choice(provenance: Mapping[str, Any]) -> Iterator[str]:
     config = provenance["config"]
     yield "## How they were chosen\n"
     for parent in provenance["clipsets"]:
-        options = {k: v for k, v in parent["config"].items() if v not in (None, [], {}, False)}
-        yield f"- clip set {_code(parent['name'])}: {', '.join(f'{k} {_code(v)}' for k, v in options.items())}"
+        options = ", ".join(f"{_plain(k)} {_code(v)}" for k, v in _options(parent["config"]))
+        yield f"- clip set {_code(parent['name'])}: {options}"
     for key in ("where", "best", "verifier"):
         if config[key] is not None:
             yield f"- {key}: {_code(config[key])}"
@@ -119,6 +119,15 @@ def _choice(provenance: Mapping[str, Any]) -> Iterator[str]:
         dropped = ", ".join(f"{_plain(rule)} {n:,}" for rule, n in c["dropped"].items()) or "-"
         yield f"| {_plain(c['stage'])} | {c['in']:,} | {dropped} | {c['out']:,} |"
     yield ""
+
+
+def _options(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What was said, with what is said inside of it."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _options(value)
+        elif value not in (None, [], False) and key != "version":
+            yield key, value
 
 
 def _decontamination(provenance: Mapping[str, Any]) -> Iterator[str]:

@@ -40,9 +40,12 @@ def provenance(
         "selector": next((s for c in clipsets if (s := c.config.get("selector"))), None),
         "scorer": [{"id": id, **scorers[id]["config"]} for id in facts["scorers"] if id in scorers],
         "seeds": sorted(set(_seeds([c.config for c in clipsets]))),
-        "counts": [*(n for c in clipsets for n in c.parents.get("facts", {}).get("counts", [])), chosen.counts],
+        "counts": [*(n for c in clipsets for n in _counts(c)), chosen.counts],
         "decontamination": [d for c in clipsets for d in c.parents.get("facts", {}).get("decontamination", [])],
-        "parents": [{"clipset": c.label, "sha256": _hash(c)} for c in clipsets],
+        "parents": [
+            *({"clipset": c.label, "sha256": _hash(c)} for c in clipsets),
+            *({"profile": profile} for c in clipsets if (profile := c.parents.get("profile"))),
+        ],
     }
 
 
@@ -51,8 +54,8 @@ def pinned(snapshot: Snapshot, clipset: Named) -> Snapshot:
     versions = clipset.parents.get("versions")
     if not versions or clipset.parents.get("unpinned"):
         return snapshot
-    derived = {table: v for table, v in snapshot.versions.items() if table in DERIVED}
-    return Snapshot(snapshot.store, {**versions, **derived})
+    others = {table: v for table, v in snapshot.versions.items() if table not in versions}
+    return Snapshot(snapshot.store, {**versions, **others})
 
 
 def versions(snapshot: Snapshot) -> dict[str, int]:
@@ -66,6 +69,15 @@ def lineage(snapshot: Snapshot, clipset: Named | None) -> list[Named]:
         return []
     before = [n for label in clipset.parents.get("clipsets", ()) for n in lineage(snapshot, find(snapshot, "clipset", label))]
     return [*before, clipset]
+
+
+def _counts(clipset: Named) -> list[dict[str, Any]]:
+    """In, left out by rule, and out: of mining in groups, of curation in clips."""
+    facts = clipset.parents.get("facts", {})
+    if outcomes := facts.get("outcomes"):
+        dropped = {why: n for why, n in outcomes.items() if why != "clip"}
+        return [{"stage": "mine, groups", "in": sum(outcomes.values()), "dropped": dropped, "out": outcomes.get("clip", 0)}]
+    return facts.get("counts", [])
 
 
 def code() -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,17 +137,19 @@ def _write(
 ) -> Iterator[File]:
     done, total = 0, chosen.counts["out"]
 
-    def rows(split: str) -> Iterator[pa.Table]:
+    def rows(split: str) -> Generator[pa.Table, None, None]:
         nonlocal done
-        for batch in chosen.batches(shape, split):
-            done += batch.num_rows
-            yield shape.convert(batch, job).select(shape.schema.names).cast(shape.schema)
-            if progress:
-                progress("", done, total)
+        with closing(chosen.batches(shape, split)) as batches:  # before the session is, whatever happens
+            for batch in batches:
+                done += batch.num_rows
+                yield shape.convert(batch, job).select(shape.schema.names).cast(shape.schema)
+                if progress:
+                    progress("", done, total)
 
     for split in chosen.splits():
         job.split, job.row = split, 0
-        yield from write_split(folder, split, config.target.FILES, shape.schema, rows(split))
+        with closing(rows(split)) as converted:
+            yield from write_split(folder, split, config.target.FILES, shape.schema, converted)
     if done != total:
         raise EcholabError(
             f"{done:,} of {total:,} rows were written: the store's files are damaged, see `echolab store validate`"

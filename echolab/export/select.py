@@ -3,7 +3,7 @@ changes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +121,7 @@ class Selection:
         of_split = f" WHERE _split = {text(split)}" if split is not None else ""
         return f"SELECT {columns} FROM ({self.sql}){of_split} ORDER BY {_ORDER[self.what]}"
 
-    def batches(self, shape: Shape, split: str) -> Iterator[pa.Table]:
+    def batches(self, shape: Shape, split: str) -> Generator[pa.Table, None, None]:
         """The rows of one split, in pieces of equal size."""
         for batch in self.session.batches(self.query(shape, split), BATCH_ROWS):
             yield pa.Table.from_batches([batch])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,5 +47,18 @@ def exported(store, tmp_path) -> Callable[..., tuple[ExportReport, Path]]:
     def run(to: str, target: Store = store, name: str = "out", **options: Any) -> tuple[ExportReport, Path]:
         report = export(target, tmp_path / name, ExportConfig.make(to=to, **{"clipset": "hard", **options}))
         return report, tmp_path / name
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def once(store, tmp_path_factory) -> Callable[..., tuple[ExportReport, Path]]:
+    """As `exported`, made once: for tests that only read it."""
+    folder = tmp_path_factory.mktemp("exports")
+
+    @cache
+    def run(to: str, **options: Any) -> tuple[ExportReport, Path]:
+        out = folder / "-".join([to, *map(str, options.values())])
+        return export(store, out, ExportConfig.make(to=to, **{"clipset": "hard", **options})), out
 
     return run

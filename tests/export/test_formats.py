@@ -140,8 +140,8 @@ PROMPT_COLUMNS = [
 
 
 @pytest.mark.parametrize(("to", "form"), COLUMNS, ids=str)
-def test_parquet_formats_have_exactly_these_columns_and_types(exported, to, form):
-    report, out = exported(to, **({"form": form} if form else {}))
+def test_parquet_formats_have_exactly_these_columns_and_types(once, to, form):
+    report, out = once(to, **({"form": form} if form else {}))
     files = sorted(out.glob("*.parquet"))
     assert [f.name for f in files] == ["train.parquet", "validation.parquet"]
     for file in files:
@@ -153,10 +153,8 @@ def test_parquet_formats_have_exactly_these_columns_and_types(exported, to, form
 @pytest.mark.parametrize(
     ("what", "columns"), [("clips", CLIP_COLUMNS), ("rollouts", ROLLOUT_COLUMNS), ("prompts", PROMPT_COLUMNS)]
 )
-def test_rows_as_they_are_have_the_same_columns_in_every_container(exported, what, columns):
-    _, parquet = exported("parquet", what=what, name="a")
-    _, jsonl = exported("jsonl", what=what, name="b")
-    _, hf = exported("hf", what=what, name="c")
+def test_rows_as_they_are_have_the_same_columns_in_every_container(once, what, columns):
+    (_, parquet), (_, jsonl), (_, hf) = (once(to, what=what) for to in ("parquet", "jsonl", "hf"))
     table = pq.read_table(parquet / "train.parquet")
     assert table.column_names == columns
     assert lines(jsonl / "train.jsonl") == table.to_pylist()
@@ -166,8 +164,8 @@ def test_rows_as_they_are_have_the_same_columns_in_every_container(exported, wha
         assert str(table.schema.field("rewards").type) == "list<element: struct<key: string, value: double>>"
 
 
-def test_clips_rows_are_those_of_the_table(exported, store):
-    _, out = exported("parquet")
+def test_clips_rows_are_those_of_the_table(once):
+    _, out = once("parquet", what="clips")
     found = {r["clip_id"]: r for name in ("train", "validation") for r in pq.read_table(out / f"{name}.parquet").to_pylist()}
     for g in range(6):
         made = clip(rollout(g, 0))
@@ -290,8 +288,8 @@ def test_replay_writes_masks_and_weights_out(exported, fill):
         }
 
 
-def test_replay_reads_as_arrow_lists_without_a_null(exported):
-    _, out = exported("replay")
+def test_replay_reads_as_arrow_lists_without_a_null(once):
+    _, out = once("replay")
     table = pq.read_table(out / "train.parquet")
     for name in ("prompt_ids", "clip_ids", "clip_mask", "weight", "tokenizer", "clip_id"):
         assert table[name].null_count == 0

@@ -20,7 +20,7 @@ HOSTILE = "</script><!-- \"'`|\\ \x00\x1b\u2028\ufffd\U0001f600 --- : {x} ${y}"
 
 
 def rollout(group: int, sample: int, **more: Any) -> dict[str, Any]:
-    """Rollouts 0 and 1 of a group of 3 are right. Ids spell the group and the sample."""
+    """Rollouts 0 and 1 of a group of 3 are right. Token ids spell the group and the sample."""
     completion = [100 + group, 200 + sample, 7, 8, 9]
     return {
         "step": group // 2,
