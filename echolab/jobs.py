@@ -114,11 +114,12 @@ class Job:
             raise EcholabError(f"job {name} is there already")
         if job.folder.exists():  # of a process that died before it had made its job
             job.remove()
-        job.folder.mkdir(parents=True)
-        _write(job.folder / "plan.parquet", plan.select(PLAN.names).cast(PLAN))
-        facts = {"id": ids.random_id()[:12], "config": dict(config), "tables": list(tables)}
-        write_synced(job.folder / "job.tmp", json.dumps(facts).encode())
-        (job.folder / "job.tmp").rename(job.folder / "job.json")  # last: without it there is no job
+        with job._writing():
+            job.folder.mkdir(parents=True)
+            _write(job.folder / "plan.parquet", plan.select(PLAN.names).cast(PLAN))
+            facts = {"id": ids.random_id()[:12], "config": dict(config), "tables": list(tables)}
+            write_synced(job.folder / "job.tmp", json.dumps(facts).encode())
+            (job.folder / "job.tmp").rename(job.folder / "job.json")  # last: without it there is no job
         job._say({"state": "planned"})
         return job
 
@@ -155,8 +156,19 @@ class Job:
 
     def _say(self, status: Mapping[str, Any]) -> None:
         unfinished = self.folder / "status.tmp"
-        unfinished.write_text(json.dumps(status))
-        unfinished.rename(self.folder / "status.json")
+        with self._writing():
+            unfinished.write_text(json.dumps(status))
+            unfinished.rename(self.folder / "status.json")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            said = (
+                f"cannot write to {self.folder}: {e.strerror or e}; what is stored stays, the same command goes on from there"
+            )
+            raise EcholabError(said) from None
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -215,15 +227,13 @@ class Job:
         """Keep what came of an item: all of it or nothing."""
         unfinished = self._staged(item).with_suffix(".tmp")
         shutil.rmtree(unfinished, ignore_errors=True)
-        try:
+        with self._writing():
             unfinished.mkdir()
             for table, rows in done.tables.items():
                 _write(unfinished / f"{table}.parquet", rows)
             facts = {"skipped": done.skipped, "tokens": done.tokens}
             write_synced(unfinished / "facts.json", json.dumps(facts).encode())
             unfinished.rename(self._staged(item))
-        except OSError as e:
-            raise EcholabError(f"cannot write to {self.folder}: {e.strerror or e}; the job goes on from here") from None
 
     def _forget(self, item: int) -> None:
         """Its files at once, however long the deleting takes."""
@@ -257,7 +267,7 @@ class Job:
     def _note_skipped(self, skipped: Sequence[Mapping[str, Any]]) -> None:
         if not skipped:
             return
-        with (self.folder / "skipped.jsonl").open("a+b") as f:
+        with self._writing(), (self.folder / "skipped.jsonl").open("a+b") as f:
             if f.tell():
                 f.seek(-1, os.SEEK_END)
                 if f.read() != b"\n":  # a process died in the middle of a line

@@ -329,7 +329,11 @@ class Store:
         except TableNotFoundError:
             configuration = {**_CONFIGURATION, **({"delta.appendOnly": "true"} if spec.name == "rollouts" else {})}
             partition = [spec.partition] if spec.partition else None
-            return DeltaTable.create(self.folder(spec.name), spec.arrow, partition_by=partition, configuration=configuration)
+            folder = self.folder(spec.name)
+            try:
+                return DeltaTable.create(folder, spec.arrow, partition_by=partition, configuration=configuration)
+            except (DeltaError, OSError) as e:
+                raise EcholabError(f"cannot write to {folder}: {_first_line(e)}") from None
 
     def _require_current(self, table: str) -> None:
         """Writing needs the table as this version knows it; reading does not."""
@@ -424,5 +428,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()  # deltalake colours its errors
+    """With what deltalake says of its causes: coloured, one below the other, each behind an arrow."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    text = re.sub(r"\s*\n\s*↳\s*", ": ", text)
     return text.splitlines()[0][:200] if text else type(error).__name__

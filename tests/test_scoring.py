@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from deltalake import DeltaTable
 
 pytest.importorskip("torch", reason="scoring needs torch")
 pytest.importorskip("transformers", reason="scoring needs transformers")
@@ -20,10 +21,10 @@ from generators import models, prime_rl
 from generators.plain import lines
 
 import echolab
-from echolab import jobs, scoring
+from echolab import files, jobs, scoring
 from echolab.entropy.scorer import Scorer, ScorerConfig
 from echolab.segment import Segmenter
-from echolab.vocab import load_tokenizer
+from echolab.vocab import load_tokenizer, tokenizer_fingerprint
 from pipelines.cli import main
 
 N = 48
@@ -278,21 +279,91 @@ def test_bad_options_are_one_clear_line_before_anything_is_done(store, model, op
     assert rows(store) == []
 
 
-def test_no_space_on_the_device_leaves_a_job_that_goes_on(store, model, expected, monkeypatch, capsys):
-    stage = jobs.Job.stage
+ON_DISK = {  # what writes, and how often it succeeds before there is no more space
+    "a new job": (jobs, "write_synced", 0),
+    "an item": (jobs, "write_synced", 1),
+    "the vocabulary": (files, "write_parquet", 2),
+    "scores": (files, "write_parquet", 3),
+    "a new table": (DeltaTable, "create", 4),
+    "the log": (DeltaTable, "create_write_transaction", 3),
+}
+FULL = [
+    OSError(28, "No space left on device"),
+    OSError("Generic error\n   \x1b[31m↳\x1b[0m No space left on device (os error 28)\n"),
+]
 
-    def full(self, item, done):
-        monkeypatch.setattr(
-            jobs, "write_synced", lambda path, data: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-        )
-        stage(self, item, done)
 
-    monkeypatch.setattr(jobs.Job, "stage", full)
-    assert echo("score", "--model", model, "--threads", 1, "--store", store) == 1
-    assert "No space left on device" in capsys.readouterr().err
-    monkeypatch.undo()
-    assert echo("score", "resume", "--store", store) == 0
+@pytest.mark.parametrize("what", ON_DISK)
+def test_no_space_on_the_device_is_one_line_and_leaves_a_job_that_goes_on(store, model, expected, monkeypatch, capsys, what):
+    place, name, left = ON_DISK[what]
+    error, write, calls = FULL[place is DeltaTable], getattr(place, name), []
+
+    def full(*args, **options):
+        calls.append(name)
+        if len(calls) > left:
+            raise error
+        return write(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, full)
+        assert echo("score", "--model", model, "--threads", 1, "--store", store) == 1
+    said = capsys.readouterr().err.strip()
+    assert "cannot write to " in said and "No space left on device" in said and "\n" not in said
+    assert echo("score", "--model", model, "--threads", 1, "--store", store) == 0
     assert rows(store) == expected
+    with echolab.open(store) as lab:
+        assert lab.validate() == []
+
+
+def on_disk(job: jobs.Job) -> dict[str, bytes]:
+    return {str(f.relative_to(job.folder)): f.read_bytes() for f in job.folder.rglob("*") if f.is_file()}
+
+
+def test_bad_models_are_one_line_and_leave_a_stopped_job_as_it_was(
+    store, model, expected, tmp_path, monkeypatch, capsys, small_items
+):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        poison(patch, {6}, KeyboardInterrupt())
+        scoring.score(echolab.open(store).store, ScorerConfig(model=str(model), threads=1))
+    [job] = jobs.jobs(echolab.open(store).store, "score")
+    before, scored = on_disk(job), rows(store)
+    assert 0 < len(scored) < N
+    models.tokenizer(
+        tmp_path / "large", 460, models.TEXT + [bytes(range(256)).decode("latin-1") * 3, "".join(map(chr, range(3000)))]
+    )
+    nan = models.model(tmp_path / "nan", scale=float("nan"))
+    bad = [
+        (["--model", tmp_path / "gone"], "no such folder"),
+        (["--model", nan], "holds NaN or infinite weights"),
+        (["--model", model, "--tokenizer", tmp_path / "large"], "does not fit model"),
+        (["--model", model, "--tokenizer", tmp_path / "gone"], "no such folder"),
+    ]
+    for options, reason in bad:
+        capsys.readouterr()
+        assert echo("score", *options, "--store", store) == 1
+        said = capsys.readouterr().err.strip()
+        assert reason in said and "\n" not in said
+    assert (on_disk(job), rows(store)) == (before, scored)
+    assert echo("score", "resume", "--store", store) == 0
+    assert [(r[0], r[2]) for r in rows(store)] == [(r[0], r[2]) for r in expected]
+
+
+def test_rollouts_that_no_model_can_score_are_told_and_counted_and_the_others_scored(tmp_path, model, capsys):
+    tokenizer = load_tokenizer(model)
+    whose = {"prompt": "x", "reward": 1.0, "step": 1, "tokenizer": tokenizer_fingerprint(tokenizer)}
+    ids = [[1, 2, 450], [1, 2, 451], [1, 2, 151_935], [5]]
+    made = [{**whose, "completion_ids": i} for i in ids] + [{**whose, "completion": c} for c in ("", "two", "")]
+    with echolab.open(tmp_path / "store", create=True) as lab:
+        lab.ingest(lines(tmp_path / "d.jsonl", made), run="r")
+    assert echo("score", "--model", model, "--store", tmp_path / "store") == 0
+    told = capsys.readouterr().out.splitlines()
+    assert "3 rollouts scored" in told[0]
+    assert sorted(told[1:]) == [
+        "2 rollouts not scored: it has token ids beyond the model's vocabulary",
+        "2 rollouts not scored: its completion is empty",
+    ]
+    assert echo("score", "status", "--store", tmp_path / "store") == 0
+    assert ": done, 1 of 1 items" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -94,7 +94,9 @@ class Scorer:
         tokenizer = load_tokenizer(config.tokenizer or config.model)
         model = _load_model(config, device, where, options)
         _check_weights(model, config.model)
-        return cls(config, model, tokenizer, Vocab.of(tokenizer), device)
+        scorer = cls(config, model, tokenizer, Vocab.of(tokenizer), device)
+        _check_tokenizer(scorer)
+        return scorer
 
     @cached_property
     def body(self) -> Any:
@@ -269,6 +271,15 @@ def _check_weights(model: Any, name: str) -> None:
     for parameter, values in model.named_parameters():
         if not bool(torch.isfinite(values).all()):
             raise EcholabError(f"model {name} holds NaN or infinite weights, in {parameter}: nothing can be scored with it")
+
+
+def _check_tokenizer(scorer: Scorer) -> None:
+    """Added tokens may lie beyond the model's vocabulary (images of a model that sees none): only who uses them is unfit."""
+    tokens, known = scorer.tokenizer.vocab_size, len(scorer.head.weight)
+    if tokens > known:
+        config = scorer.config
+        said = f"tokenizer {config.tokenizer or config.model} does not fit model {config.model}"
+        raise EcholabError(f"{said}: it has {tokens:,} tokens, the model knows {known:,}; give the model's own")
 
 
 def _fingerprint(model: Any) -> str:

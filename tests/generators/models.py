@@ -34,7 +34,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def tokenizer(folder: Path, size: int = 400) -> Any:
+def tokenizer(folder: Path, size: int = 400, text: list[str] = TEXT) -> Any:
     """Byte-level BPE of some 400 tokens, with a chat template, an end and a padding token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -44,7 +44,7 @@ def tokenizer(folder: Path, size: int = 400) -> Any:
     bare.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"]
-    bare.train_from_iterator(TEXT * 4, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, special_tokens=special))
+    bare.train_from_iterator(text * 4, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, special_tokens=special))
     made = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<|end|>", pad_token="<|pad|>", chat_template=CHAT)
     made.save_pretrained(folder)
     return made
