@@ -273,7 +273,7 @@ class Metrics:
         """All as numbers; a mean over nothing is left out."""
         single = self.sums | self.highs | self.lows
         flat = [*single.values(), *(x for pair in self.means.values() for x in pair)]
-        numbers = torch.stack([x.double() for x in flat]).tolist()
+        numbers = torch.stack([x.double() for x in flat]).tolist() if flat else []  # a step in which no row has a gradient
         nothing = dict.fromkeys(self.highs, -math.inf) | dict.fromkeys(self.lows, math.inf)
         found = {k: v for k, v in zip(single, numbers, strict=False) if v != nothing.get(k)}
         pairs = numbers[len(single) :]
