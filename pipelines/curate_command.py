@@ -71,7 +71,7 @@ def curate(
 
 def _print(report: CurateReport) -> None:
     facts = report.facts
-    was = "" if report.made else " (there already: the same rules on the same clips)"
+    was = "" if report.made else " (nothing new: as it stands)"
     print(f"{report.clipset}: {report.n_out:,} of {count(report.n_in, 'clip')} of {report.parent}{was}")
     for stage in facts["counts"]:
         for rule, n in stage["dropped"].items():

@@ -1,5 +1,6 @@
 """`echolab curate`: from one clip set the next, by rules. The set is read twice, in pieces: once to decide, once to write what
-stays. What the rules ask of rollouts is read from the versions of the tables that the clips were mined from."""
+stays. What the rules ask of rollouts is read from the versions of the tables that the clips were mined from, or as they are
+now where these have been released."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ def curate(
         raise EcholabError(f"{listed.parent}: no such folder")
     benchmarks = [load(word) for word in dict.fromkeys(rules.against)]
     config = _resolved(parent, rules, benchmarks)
-    versions = parent.parents.get("versions") or {t: v for t, v in snapshot.versions.items() if t not in DERIVED}
+    held = {} if parent.parents.get("unpinned") else parent.parents.get("versions", {})
+    versions = held or {t: v for t, v in snapshot.versions.items() if t not in DERIVED}
     same = unchanged(snapshot, "clipset", name, config, versions)
     if same and not listed:
         return CurateReport(same.label, parent.label, False, same.parents["facts"])

@@ -144,9 +144,7 @@ class _Reading:
                 "repetition": _repetition(rows["clip_ids"]) if self.repetition else np.full(len(prompt), np.nan),
                 "n_tokens": np.array(row["n_tokens"], np.int64),
                 "content": np.array(_contents(rows, row), "S16"),
-                "has_text": np.array(
-                    [p is not None and c is not None for p, c in zip(row["prompt"], row["clip"], strict=True)]
-                ),
+                "has_text": ~(_nulls(rows["prompt"]) | _nulls(rows["clip"])),
             }
         )
         self.n += len(prompt)
@@ -208,6 +206,10 @@ def _contents(rows: pa.Table, row: dict[str, list[Any]]) -> list[bytes]:
             digest.update(row["clip_id"][i].encode())
         found.append(digest.digest())
     return found
+
+
+def _nulls(column: pa.ChunkedArray) -> np.ndarray:
+    return column.is_null().to_numpy()
 
 
 def _id_bytes(column: pa.ChunkedArray) -> list[bytes | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 
@@ -34,6 +34,17 @@ def exact(text: str) -> str:
     """Texts are equal if these are: letters and digits, with the operators that tell one formula from another (of a point
     or comma, those between digits). White space, brackets, dollars and the marks of a sentence do not count."""
     return _EXACT.sub("", fold(text))
+
+
+def remaining(text: str, without: Sequence[bool]) -> str:
+    """A text without some of its words; marks that stand alone go with the word before them."""
+    rest, place, gone = [], 0, False
+    for token in fold(text).split():
+        if _MARKS.sub("", token):
+            gone, place = without[place], place + 1
+        if not gone:
+            rest.append(token)
+    return " ".join(rest)
 
 
 @lru_cache(maxsize=1 << 20)
@@ -80,6 +91,6 @@ def distinct(grams: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def common(counts: np.ndarray, texts: int) -> np.ndarray:
-    """Which n-grams are no evidence, by the number of texts that each stands in: a template, or a phrase of the trade.
-    More than 10 texts and more than 1 in 100 have it, or more than half of at least 4."""
-    return (counts > max(10, texts / 100)) | ((counts > texts / 2) & (texts >= 4))
+    """Which n-grams are no evidence, by the number of texts that each stands in: those of a template, or a phrase of the
+    trade. More than a fifth of the texts have it, or more than 10 of up to 1,000, or more than 1 in 100; never fewer than 4."""
+    return counts > max(3, min(10, texts / 5), texts / 100)

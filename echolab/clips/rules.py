@@ -36,8 +36,8 @@ class Rules(Config):
     6. `near_dedup`: of clips whose word 5-grams have at least this Jaccard similarity one stays, if they are of one problem,
        or of problems whose prompts are as similar. (Of prompts, 5-grams that many problems share do not count.)
     7. `difficulty_temperature` T: problems are put into 10 bins by their success rate p in their run, [0, 0.1) to [0.9, 1].
-       Of a bin with n clips ceil(n^(1/T) m^(1 - 1/T)) stay, m being the size of the smallest bin: all of them for T = 1, m
-       of each for a large T. They are drawn by `seed`. Clips of problems without a success rate stay.
+       Of a bin with n clips n^(1/T) m^(1 - 1/T), rounded, stay, m being the size of the smallest bin: all of them for
+       T = 1, m of each for a large T. They are drawn by `seed`. Clips of problems without a success rate stay.
     8. `cap`: of each problem, source (the dataset) or step (of one run) so many clips stay. Unknown ones are not capped.
 
     Where one of several stays (5, 6, 8) it is that of the newest step, then of the highest peak entropy, then of the lowest id.
@@ -190,7 +190,7 @@ def _difficulty(facts: Facts, alive: np.ndarray, temperature: float, seed: int) 
     order = np.lexsort((np.array(drawn, "S16"), bins))
     _, which, sizes = np.unique(bins[order], return_inverse=True, return_counts=True)
     smallest = sizes.min(initial=len(known))
-    stay = np.ceil(sizes ** (1 / temperature) * smallest ** (1 - 1 / temperature) - 1e-9)
+    stay = np.floor(sizes ** (1 / temperature) * smallest ** (1 - 1 / temperature) + 0.5)
     gone = _place(which) >= stay[which]
 
     def why(clip: int) -> str:
