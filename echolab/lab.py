@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import polars as pl
 
     from echolab.ingest import IngestReport, Progress
+    from echolab.profile_compare import Comparison
+    from echolab.profiles import Profile
     from echolab.verify import VerifyReport
 
 
@@ -99,6 +101,21 @@ class Lab:
 
         self._require_newest()
         return verify(self.store, verifier, **options)
+
+    def profile(self, name: str, where: str, **options: Any) -> Profile:
+        """Segment entropy over position, of the rollouts for which `where` holds, kept as `name@1`, `name@2`, ... Arguments
+        are those of `echolab.profiles.profile`, e.g. `scorer="base", bins=32`."""
+        from echolab.profiles import profile
+
+        self._require_newest()
+        return profile(self.store, name, where, **options)
+
+    def compare_profiles(self, a: str, b: str, **options: Any) -> Comparison:
+        """How far apart two profiles are, and whether by chance. Options are those of
+        `echolab.profile_compare.compare`: `bins`, `permutations`, `seed`."""
+        from echolab.profile_compare import compare
+
+        return compare(self.snapshot, a, b, **options)
 
     def _require_newest(self) -> None:
         if self._fixed is not None:

@@ -70,7 +70,7 @@ class Session:
         """The answer of a named query. Parameters may be given as text, as they are on the command line."""
         query = find_query(name)
         values = query.bind(params)
-        self._require_runs(values)
+        self._require_runs(name, values)
         return self._frame(query.sql, values)
 
     def batches(self, query: str, rows: int = 2048) -> Iterator[pa.RecordBatch]:
@@ -130,10 +130,10 @@ class Session:
             self._con.execute("START TRANSACTION READ ONLY")
             raise
 
-    def _require_runs(self, values: Mapping[str, Any]) -> None:
+    def _require_runs(self, query: str, values: Mapping[str, Any]) -> None:
         """A mistyped run is an error, not an empty answer."""
         runs = sorted({r.run for r in self.snapshot.ledger.live})
-        for name in ("run", "a", "b"):
+        for name in ("a", "b") if query == "compare_runs" else ("run",):
             if (run := values.get(name)) is not None and run not in runs:
                 raise EcholabError(f"no run {run!r} in this store" + _hint(run, runs))
 

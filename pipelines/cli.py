@@ -39,6 +39,7 @@ from pipelines.options import (
     store_path,
     view_options,
 )
+from pipelines.profile_command import profile
 from pipelines.score_command import score_app
 from pipelines.store_commands import store_app
 from pipelines.verify_command import verify
@@ -54,6 +55,7 @@ app = typer.Typer(
 app.add_typer(store_app, name="store")
 app.add_typer(score_app, name="score")
 app.command()(verify)
+app.command()(profile)
 
 
 def main() -> None:
