@@ -10,6 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from echolab.errors import EcholabError, WrongUsage
+from pipelines.curate_command import curate
+from pipelines.export_command import export
+from pipelines.mine_command import mine
 from pipelines.options import (
     DONE,
     ERROR,
@@ -42,6 +45,7 @@ from pipelines.options import (
 from pipelines.profile_command import profile
 from pipelines.score_command import score_app
 from pipelines.store_commands import store_app
+from pipelines.train_command import evaluate, train
 from pipelines.verify_command import verify
 
 app = typer.Typer(
@@ -55,7 +59,12 @@ app = typer.Typer(
 app.add_typer(store_app, name="store")
 app.add_typer(score_app, name="score")
 app.command()(verify)
+app.command()(mine)
+app.command()(curate)
+app.command()(export)
 app.command()(profile)
+app.command()(train)
+app.command()(evaluate)
 
 
 def main() -> None:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from echolab import answers
-from echolab.engines import Sampling
+from echolab.engines import Engine, Sampling
+from echolab.engines.torch_engine import TorchEngine
+from echolab.entropy.scorer import Scorer
+from echolab.errors import EcholabError
 from echolab.verifiers import Verifier
-from trainer.estimators import interval, maj_at_k, pass_at_k, sampling_error
+from trainer.config import TrainConfig
+from trainer.estimators import interval, maj_at_k, paired, pass_at_k, sampling_error
+from trainer.judge import Judge
+from trainer.policy import load
 from trainer.rollouts import Rollout
 from trainer.run import Run
 from trainer.sampling import rollouts
+from trainer.tasks import held_out
 
 SEED = 0x5EED  # of evaluation: it never draws what training draws
 
@@ -32,6 +40,50 @@ def during(run: Run) -> dict[str, float]:
     run.recorder.put_evaluation(run.step, drawn)
     run.evaluated(values)
     return values
+
+
+@dataclass
+class Evaluation:
+    """One model on the questions of a configuration."""
+
+    config: TrainConfig
+    policy: Scorer
+    engine: Engine
+    judge: Judge
+
+    @classmethod
+    def of(cls, config: TrainConfig, model: str, judge: Judge) -> Evaluation:
+        policy = load(config.model, config.sampling.temperature, model)
+        policy.model.requires_grad_(False)
+        return cls(config, policy, TorchEngine(policy.model, policy.eos, config.sampling.rows), judge)
+
+    def answers(self, n: int, seed: int) -> list[Rollout]:
+        """`n` completions of each question."""
+        questions = held_out(self.config, self.policy.tokenizer)
+        if not questions:
+            raise EcholabError("the configuration names no questions: set evaluation.prompts")
+        s = self.config.sampling
+        sampling = Sampling(temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, max_tokens=s.max_tokens)
+        return rollouts(self, questions, n, sampling, SEED + seed, [f"eval {i}" for i in range(len(questions))])
+
+
+def compare(config: TrainConfig, models: Sequence[str], n: int, seed: int = 0) -> dict[str, Any]:
+    """The figures of one or two models; of two also the difference of the second to the first on the same questions, drawn
+    with the same random numbers."""
+    judge = Judge(config.task.verifier, config.task.options, config.task.timeout)
+    found: dict[str, Any] = {"n": n, "temperature": config.sampling.temperature, "models": {}}
+    means = []
+    try:
+        for model in models:
+            drawn = Evaluation.of(config, model, judge).answers(n, seed)
+            found["models"][model] = figures(drawn, n, judge.verifier)
+            means.append([np.mean([r.success for r in drawn[i : i + n]]) for i in range(0, len(drawn), n)])
+            found["questions"] = len(means[-1])
+    finally:
+        judge.close()
+    if len(means) == 2:
+        found["difference"] = paired(means[0], means[1])._asdict()
+    return found
 
 
 def figures(drawn: Sequence[Rollout], n: int, verifier: Verifier) -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from echolab.engines import Engine
 from echolab.engines.torch_engine import TorchEngine
 from echolab.entropy.scorer import Scorer
 from echolab.errors import EcholabError
@@ -37,7 +38,7 @@ class Run:
     algorithm: Algorithm
     policy: Scorer
     reference: Scorer | None
-    engine: TorchEngine
+    engine: Engine
     judge: Judge
     tasks: Tasks
     held_out: list[Problem]

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
-from echolab.engines import Sampling
+from echolab.engines import Engine, Sampling
+from echolab.entropy.scorer import Scorer
+from trainer.config import TrainConfig
+from trainer.judge import Judge
 from trainer.rollouts import Problem, Rollout
-from trainer.run import Run
 
 
-def sample(run: Run, problems: Sequence[Problem], step: int, first_group: int = 0) -> list[Rollout]:
+class Sampler(Protocol):
+    """What sampling needs: a run has it, and so has an evaluation."""
+
+    config: TrainConfig
+    policy: Scorer
+    engine: Engine
+    judge: Judge
+
+
+def sample(run: Sampler, problems: Sequence[Problem], step: int, first_group: int = 0) -> list[Rollout]:
     """A group of rollouts for each problem. What is drawn depends on seed, step and group alone."""
     config = run.config.sampling
     sampling = Sampling(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, max_tokens=config.max_tokens)
@@ -21,7 +33,7 @@ def sample(run: Run, problems: Sequence[Problem], step: int, first_group: int = 
 
 
 def rollouts(
-    run: Run,
+    run: Sampler,
     problems: Sequence[Problem],
     n: int,
     sampling: Sampling,
@@ -54,7 +66,7 @@ def rollouts(
     ]
 
 
-def _text(run: Run, ids: Sequence[int]) -> str:
+def _text(run: Sampler, ids: Sequence[int]) -> str:
     """Without the token that ended it."""
     body = ids[:-1] if ids and ids[-1] in run.policy.eos else ids
     return run.policy.tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -1,0 +1,88 @@
+"""`echolab train` and `echolab evaluate`: the trainer from the command line."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from echolab.errors import EcholabError, WrongUsage
+from pipelines.options import JsonOption, argument, option, print_json
+
+Changes = Annotated[list[str] | None, option("Change a key: optimizer.lr=1e-5. May be repeated.", "--set", metavar="KEY=VALUE")]
+
+
+def _torch() -> None:
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError:
+        raise EcholabError("training needs torch and transformers: pip install 'echolab[torch]'") from None
+
+
+def train(
+    config: Annotated[str, argument("A TOML file, or the name of a preset.", "CONFIG")],
+    set_: Changes = None,
+    show_config: Annotated[bool, typer.Option("--show-config", help="Print the resolved configuration, and stop.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Train a policy as a configuration says; every step's rollouts go to the store. A run that was stopped goes on.
+
+    echolab train run.toml --set optimizer.lr=1e-6
+    """
+    _torch()
+    from trainer.config import load, show
+
+    resolved = load(config, set_ or ())
+    if show_config:
+        print_json(resolved.model_dump(mode="json")) if json_ else print(show(resolved), end="")
+        return
+    from trainer.loop import train as train_
+
+    facts = train_(resolved)
+    if json_:
+        print_json(facts)
+    else:
+        print(f"run {facts['run']}: {facts['steps']} steps done; {facts['checkpoint']}")
+        print(f"ask on: echolab query degenerate_by_step --param run={facts['run']} --store {resolved.store}")
+
+
+def evaluate(
+    config: Annotated[str, argument("The configuration of the run: its task, verifier and evaluation.", "CONFIG")],
+    model: Annotated[str, option("The model: a checkpoint, a folder, or a name on the Hub.", "--model", "-m")],
+    against: Annotated[str | None, option("Another model, on the same questions.")] = None,
+    n: Annotated[int | None, option("Completions of a question (those of the configuration).", "-n")] = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    set_: Changes = None,
+    json_: JsonOption = False,
+) -> None:
+    """mean@n, pass@k and maj@n of a model with intervals over questions; of two models, their paired difference.
+
+    echolab evaluate run.toml --model runs/a/checkpoints/step_000100 --against runs/b/checkpoints/step_000100 -n 32
+    """
+    _torch()
+    from trainer.config import load
+    from trainer.evaluate import compare
+
+    resolved = load(config, set_ or ())
+    if n is not None and n < 1:
+        raise WrongUsage("-n is at least 1")
+    found = compare(resolved, [against, model] if against else [model], n or resolved.evaluation.n, seed)
+    if json_:
+        print_json(found)
+        return
+    print(f"{found['questions']} questions, {found['n']} completions each, temperature {found['temperature']:g}")
+    for name, values in found["models"].items():
+        _print(name, values, found["n"])
+    if d := found.get("difference"):
+        print(f"\n--model minus --against: {d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}], p {d['p']:.3f}")
+
+
+def _print(name: str, values: dict[str, Any], n: int) -> None:
+    print(f"\n{name}")
+    print(f"  mean@{n}  {values['mean']:.4f} [{values['mean/low']:.4f}, {values['mean/high']:.4f}] over questions")
+    for key, value in values.items():
+        if "@" in key:
+            print(f"  {key:<8} {value:.4f}")
+    print(f"  ended by themselves {values['ended']:.1%}, without a verdict {values['unrewarded']:.1%}")
+    print(f"  mean length {values['length']:.1f} tokens")
