@@ -15,6 +15,7 @@ from echolab.store import Snapshot, Store
 if TYPE_CHECKING:
     import polars as pl
 
+    from echolab.clips.mine import Mined
     from echolab.ingest import IngestReport, Progress
     from echolab.profile_compare import Comparison
     from echolab.profiles import Profile
@@ -116,6 +117,14 @@ class Lab:
         from echolab.profile_compare import compare
 
         return compare(self.snapshot, a, b, **options)
+
+    def mine(self, name: str, **options: Any) -> Mined:
+        """Clips of the scored successes, kept as `name@1`, `name@2`, ... Arguments are those of `echolab.clips.mine.mine` and
+        of its `Selector`, e.g. `selector="peak", run="demo", where="step >= 100", top_k=2`."""
+        from echolab.clips.mine import mine
+
+        self._require_newest()
+        return mine(self.store, name, **options)
 
     def _require_newest(self) -> None:
         if self._fixed is not None:

@@ -207,7 +207,8 @@ def markdown(types: Mapping[str, Mapping[str, str]]) -> str:
         "success, no_answer gives 0 and false, anything else is NULL.",
         "",
         "Macros for queries of your own: `degenerate(kind)` (all_success, all_fail or constant), `judged(kind)` (these or",
-        "mixed), `success_threshold(run)`, `failure_reward(run)`, `tol()`.",
+        "mixed), `truncated(finish_reason)` (cut at the length limit; NULL is not), `success_threshold(run)`,",
+        "`failure_reward(run)`, `tol()`.",
         "",
         "# Views",
     ]

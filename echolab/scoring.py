@@ -121,7 +121,7 @@ def _register(store: Store, scorer: Scorer) -> None:
         entries = store.snapshot().registry("scorers")
         if scorer.id not in entries:
             version = 1 + max((e["version"] for e in entries.values() if e["name"] == scorer.name), default=0)
-            settings = {**scorer.settings, "model": scorer.config.model}
+            settings = {**scorer.settings, "model": scorer.config.model, "tokenizer_source": scorer.config.tokenizer}
             store.register("scorers", scorer.id, scorer.name, settings, version=version)
         for segmenter in scorer.config.segmenters:
             _register_segmenter(store, segmenter, scorer.vocab.tokenizer)

@@ -101,6 +101,7 @@ class Base:
         # An aggregate: filtered if any is, else effective if any is (in the order of the words). A literal where all agree.
         self.macro("worst(c)", next(iter(completeness.values()), "'all'") if len(set(completeness.values())) < 2 else "max(c)")
         self.macro("degenerate(kind)", "kind IN ('all_success', 'all_fail', 'constant')")
+        self.macro("truncated(reason)", _TRUNCATED)
         self.macro("judged(kind)", "kind IN ('all_success', 'all_fail', 'constant', 'mixed')")
         self.macro("upstream_note(c)", _UPSTREAM_NOTE)
         self.macro("excerpt(prompt, chars)", _EXCERPT)
@@ -247,6 +248,7 @@ _ASKED = r"(?s)^.*(?:(?:^|\n|\|>|of_turn>)user(?:<\|end_header_id\|>)?\s*\n|<｜
 _ANSWERED = r"(?s)(?:<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<｜Assistant｜>|\[/INST\]|\nassistant\s*$).*$"
 _BARE = f"regexp_replace(regexp_replace(prompt, '{_ASKED}', ''), '{_ANSWERED}', '')"
 _EXCERPT = rf"""left(trim(regexp_replace({_BARE}, '\s+', ' ', 'g')), chars)"""
+_TRUNCATED = "coalesce(lower(reason) IN ('length', 'max_tokens', 'max_length', 'truncated'), false)"
 _UPSTREAM_NOTE = """
 CASE c WHEN 'filtered' THEN 'filtered upstream' WHEN 'effective' THEN 'filtered upstream: effective rollouts only' END"""
 

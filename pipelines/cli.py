@@ -13,6 +13,7 @@ from echolab.errors import EcholabError, WrongUsage
 from pipelines.curate_command import curate
 from pipelines.export_command import export
 from pipelines.mine_command import mine
+from pipelines.mine_command import mine
 from pipelines.options import (
     DONE,
     ERROR,
@@ -59,6 +60,7 @@ app = typer.Typer(
 app.add_typer(store_app, name="store")
 app.add_typer(score_app, name="score")
 app.command()(verify)
+app.command()(mine)
 app.command()(mine)
 app.command()(curate)
 app.command()(export)

@@ -51,11 +51,11 @@ def problem(name):
 
 def test_there_are_these_queries():
     assert NAMES == [
-        "advantage_check", "all_fail_with_expert", "compare_runs", "degenerate_by_step", "degenerate_groups",
-        "degenerate_prompts", "difficulty", "duplicates", "entropy_by_outcome", "entropy_by_position", "entropy_by_step",
-        "entropy_profile", "length_by_outcome", "pass_at_k", "profile_compare", "reward_by_step", "scorer_agreement",
-        "segment_entropy_histogram", "top_entropy_tokens", "truncation_by_step", "verifier_agreement",
-        "verifier_disagreements", "wasted_tokens",
+        "advantage_check", "all_fail_with_expert", "clip_overlap", "clip_provenance", "clip_stats", "compare_runs",
+        "degenerate_by_step", "degenerate_groups", "degenerate_prompts", "difficulty", "duplicates", "entropy_by_outcome",
+        "entropy_by_position", "entropy_by_step", "entropy_profile", "length_by_outcome", "pass_at_k", "profile_compare",
+        "reward_by_step", "scorer_agreement", "segment_entropy_histogram", "top_entropy_tokens", "truncation_by_step",
+        "verifier_agreement", "verifier_disagreements", "wasted_tokens",
     ]  # fmt: skip
 
 

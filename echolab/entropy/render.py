@@ -33,9 +33,9 @@ class Renderer:
     def __call__(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
         if self.uses_ids(row):
             completion = row["completion_ids"]
-            prompt = row["prompt_ids"] or self._prompt(row)
+            prompt = row["prompt_ids"] or prompt_ids(self.tokenizer, self.template, row)
         else:
-            completion, prompt = self._completion(row), self._prompt(row)
+            completion, prompt = self._completion(row), prompt_ids(self.tokenizer, self.template, row)
         if not completion:
             raise Unfit("its completion is empty")
         if not prompt:
@@ -75,29 +75,33 @@ class Renderer:
             raise Unfit("its text does not come back from the tokenizer as it was")
         return tokens
 
-    def _prompt(self, row: dict[str, Any]) -> list[int]:
-        chat = self.template == "chat" or (self.template == "auto" and row["prompt_format"] == "chat")
-        if chat:
-            text = self._chat(row)
-        elif row["prompt"] is not None:
-            text = row["prompt"]
-        else:
-            text = "\n\n".join(str(m.get("content") or "") for m in _messages(row))
-        rendered = chat or row["prompt_format"] == "rendered"
-        tokens = self.tokenizer(text, add_special_tokens=not rendered)["input_ids"]
-        if not tokens:
-            first = self.tokenizer.bos_token_id
-            tokens = [first if first is not None else self.tokenizer.eos_token_id]
-        return [t for t in tokens if t is not None]
 
-    def _chat(self, row: dict[str, Any]) -> str:
-        if not self.tokenizer.chat_template:
-            raise Unfit("its prompt is a chat, and the tokenizer has no chat template")
-        messages = _messages(row) or [{"role": "user", "content": row["prompt"] or ""}]
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as e:  # a template is a program of its own
-            raise Unfit(f"the chat template refuses its messages ({type(e).__name__})") from None
+def prompt_ids(tokenizer: Any, template: str, row: dict[str, Any]) -> list[int]:
+    """A rollout's prompt as the tokens that come before its completion. `template` is raw, chat, or auto: as the prompt's
+    format says."""
+    chat = template == "chat" or (template == "auto" and row["prompt_format"] == "chat")
+    if chat:
+        text = _chat(tokenizer, row)
+    elif row["prompt"] is not None:
+        text = row["prompt"]
+    else:
+        text = "\n\n".join(str(m.get("content") or "") for m in _messages(row))
+    rendered = chat or row["prompt_format"] == "rendered"
+    tokens = tokenizer(text, add_special_tokens=not rendered)["input_ids"]
+    if not tokens:
+        first = tokenizer.bos_token_id
+        tokens = [first if first is not None else tokenizer.eos_token_id]
+    return [t for t in tokens if t is not None]
+
+
+def _chat(tokenizer: Any, row: dict[str, Any]) -> str:
+    if not tokenizer.chat_template:
+        raise Unfit("its prompt is a chat, and the tokenizer has no chat template")
+    messages = _messages(row) or [{"role": "user", "content": row["prompt"] or ""}]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as e:  # a template is a program of its own
+        raise Unfit(f"the chat template refuses its messages ({type(e).__name__})") from None
 
 
 def _messages(row: dict[str, Any]) -> list[dict[str, Any]]:

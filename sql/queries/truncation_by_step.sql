@@ -5,7 +5,7 @@
 -- param: split text = NULL | only this split (train, eval, ...)
 -- example: echolab query truncation_by_step
 WITH samples AS (
-  SELECT *, coalesce(lower(finish_reason) IN ('length', 'max_tokens', 'max_length', 'truncated'), false) AS truncated
+  SELECT *, truncated(finish_reason) AS truncated
   FROM base.samples
   WHERE role = 'policy' AND ($run::VARCHAR IS NULL OR run = $run::VARCHAR) AND ($split::VARCHAR IS NULL OR split = $split::VARCHAR)
 ),
