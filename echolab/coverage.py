@@ -52,11 +52,15 @@ def how_to_score(snapshot: Snapshot, scorer: str, where: str | None) -> str:
     config = snapshot.registry("scorers").get(scorer, {}).get("config", {})
     if config.get("kind") == "sampling":
         return f"ingest the dump with the entropies of run {config.get('run')}"
+    limit = config.get("max_tokens")  # there is one where longer rollouts were cut
     options = {
         "model": config.get("model") or "MODEL",
+        "tokenizer": config.get("tokenizer_source"),
         "dtype": config.get("dtype"),
         "temperature": config.get("temperature") if config.get("temperature") != 1.0 else None,
         "template": config.get("rendering") if config.get("rendering") != "auto" else None,
+        "too-long": "truncate" if limit else None,
+        "max-tokens": limit,
     }
     given = "".join(f" --{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None)
     return f"echolab score{given}{_where(where)}"

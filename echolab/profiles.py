@@ -77,6 +77,7 @@ class Profile:
     facts: dict[str, int]
     scorer: str
     segmenter: str
+    verifier: str | None
     notes: list[str]
     slices: list[dict[str, Any]]
     new: bool = False
@@ -227,7 +228,9 @@ def _profile(session: Session, named: Named, new: bool = False) -> Profile:
         slices.append({"slice": part, "n": n, **there, "curve": curve["value"].to_list()})
     facts, snapshot = named.parents["facts"], session.snapshot
     scorer, segmenter = (label(snapshot, kind, named.config[kind]) for kind in ("scorer", "segmenter"))
-    return Profile(named.label, named.config, facts, scorer, segmenter, _notes(snapshot, named), slices, new)
+    judge = named.config["verifier"]
+    verifier = label(snapshot, "verifier", judge) if judge else None
+    return Profile(named.label, named.config, facts, scorer, segmenter, verifier, _notes(snapshot, named), slices, new)
 
 
 def _place(part: str) -> tuple[int, str, int, str]:

@@ -116,8 +116,9 @@ def _print_profile(shown: Profile, made: bool) -> None:
     said = f"{count(facts['trajectories'], 'trajectory')} of {count(facts['problems'], 'problem')}".replace(
         "ectorys", "ectories"
     )
+    judge = f", verifier {shown.verifier}" if shown.verifier else ""
     stands = " (nothing new: as it stands)" if made and not shown.new else ""
-    print(f"{shown.label}: {said}, scorer {shown.scorer}, segmenter {shown.segmenter}{stands}")
+    print(f"{shown.label}: {said}, scorer {shown.scorer}, segmenter {shown.segmenter}{judge}{stands}")
     for note in shown.notes:
         print(note)
     parts = [s for s in shown.slices if s["slice"] == "all" or s["n"] < facts["trajectories"]]  # the others say it again

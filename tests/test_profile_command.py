@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -81,6 +82,24 @@ def test_json_is_one_document_with_the_numbers_that_the_store_has(store, capsys)
     assert whole["lo"] < whole["mean"] < whole["hi"]
     assert document["facts"]["trajectories"] == whole["n"] == 6
     assert document["config"]["where"] == "role = 'expert'"
+
+
+def test_the_command_that_a_note_names_gives_the_rest_their_scores(tmp_path, dumps, model, capsys):
+    with echolab.open(tmp_path / "s", create=True) as lab:
+        lab.ingest(dumps / "own.jsonl", run="own", step=1)
+    options = ("--threads", 1, "--temperature", 0.7, "--template", "raw", "--too-long", "truncate", "--max-tokens", 12)
+    assert echo("score", "--model", model, *options, "--where", "success", "--store", tmp_path / "s") == 0
+    profile = ("profile", "--name", "own", "--where", "run = 'own'", "--json", "--store", tmp_path / "s")
+    capsys.readouterr()
+    assert echo(*profile) == 0
+    [note] = json.loads(capsys.readouterr().out)["notes"]
+    said, command = note.split(" and were left out: echolab ")
+    assert said == "6 of 12 rollouts lack a score of tiny@1"
+    assert echo(*shlex.split(command), "--store", tmp_path / "s") == 0
+    capsys.readouterr()
+    assert echo(*profile) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["label"], document["notes"], document["facts"]["trajectories"]) == ("own@2", [], 12)
 
 
 def test_two_profiles_are_compared(store, capsys):

@@ -23,6 +23,7 @@ from echolab.schema import TABLES
 from echolab.scoring import resegment
 from echolab.segment import Segmenter
 from echolab.significance import band, bootstrap, permutation_test, sign_flip_test
+from echolab.store import now
 from echolab.vocab import Vocab
 
 VOCAB = Vocab("tok", {0: b"a ", 1: b"b ", 2: b"c\n", 3: b"<end>"}, frozenset([3]))
@@ -594,6 +595,19 @@ def test_a_comment_or_a_line_break_in_a_condition_does_no_harm(filled):
     a = profile(store, "a", "reward = 1 -- the right ones", bootstrap=0)
     b = profile(store, "b", "reward\n= 1", bootstrap=0)
     assert a.facts == b.facts
+
+
+def test_a_verifier_says_which_trajectories_are_right(filled, add_rows):
+    plain = many(6, mask=None, tokens=[1, 2], entropies=[0.5, 0.25])
+    store = filled(plain)
+    with store.lock():
+        store.register("verifiers", "v", "math", {})
+    word = {"verifier": "v", "input_hash": "h", "status": "ok", "created_at": now()}
+    add_rows(store, "verdicts", [{**word, "rollout_id": t["rollout_id"], "success": i < 2} for i, t in enumerate(plain[:5])])
+    made = profile(store, "p", "success", verifier="math", bootstrap=0)
+    assert (made.facts["trajectories"], made.verifier) == (2, "math@1")
+    parts = {s["slice"]: s["n"] for s in profile(store, "q", "true", verifier="math", bootstrap=0).slices}
+    assert [parts[f"outcome={o}"] for o in ("success", "failure", "unrewarded")] == [2, 3, 1]
 
 
 def test_several_scorers_or_segmenters_need_a_choice(filled):
