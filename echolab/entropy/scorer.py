@@ -209,7 +209,7 @@ class Scorer:
             yield batch, (stats.entropy.cpu(), stats.logprob.cpu())
             return
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
-            if not _out_of_memory(e):
+            if not out_of_memory(e):
                 raise
             if len(batch.samples) == 1:
                 raise EcholabError(f"out of memory for a single rollout of {len(batch.samples[0])} tokens") from None
@@ -304,7 +304,7 @@ def _digest(text: str) -> str:
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """Also a CPU's allocator, whose error is a RuntimeError like any other."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
