@@ -128,8 +128,7 @@ class Buffer:
 
 def read_export(folder: str | Path, tokenizer: str) -> Iterator[Clip]:
     """The training clips of a replay export. Clips of another tokenizer are refused: their ids mean other text."""
-    data = Path(folder) / "data"
-    files = sorted(data.glob("train-*.parquet"))
+    files = sorted(Path(folder).glob("train*.parquet"))
     if not files:
         raise EcholabError(
             f"{folder} is no replay export: make one with `echolab export --clipset NAME --to replay --out {folder}`"

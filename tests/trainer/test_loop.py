@@ -242,11 +242,9 @@ def test_clips_of_another_tokenizer_are_refused(config, tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    (tmp_path / "export" / "data").mkdir(parents=True)
+    (tmp_path / "export").mkdir()
     row = {"prompt_ids": [1], "clip_ids": [2], "clip_mask": [True], "weight": 1.0, "problem_id": "p", "tokenizer": "other"}
-    pq.write_table(
-        pa.Table.from_pylist([{**row, "clip_id": "c"}]), tmp_path / "export" / "data" / "train-00000-of-00001.parquet"
-    )
+    pq.write_table(pa.Table.from_pylist([{**row, "clip_id": "c"}]), tmp_path / "export" / "train.parquet")
     with pytest.raises(EcholabError, match="were made with tokenizer other, the model has"):
         train(config(replay={"source": str(tmp_path / "export")}))
 

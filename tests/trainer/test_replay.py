@@ -75,10 +75,10 @@ def test_the_coefficient_falls_to_zero_at_its_end(schedule, values):
 
 
 def export(folder, tokenizer="t"):
-    (folder / "data").mkdir(parents=True)
+    folder.mkdir()
     row = {"prompt_ids": [1], "clip_ids": [2, 3], "clip_mask": [True, False], "weight": 2.0, "problem_id": "p", "step": 4}
     rows = pa.Table.from_pylist([{**row, "tokenizer": tokenizer, "temperature": 1.0, "clip_id": "c"}])
-    pq.write_table(rows, folder / "data" / "train-00000-of-00001.parquet")
+    pq.write_table(rows, folder / "train.parquet")
 
 
 def test_an_export_is_read_and_one_of_another_tokenizer_refused(tmp_path):
