@@ -183,11 +183,17 @@ def test_memory_bounds_the_rows_of_a_pass(load, monkeypatch):
     assert max(held) <= 20 and sum(held) == 144
 
 
-def test_a_row_ends_where_the_models_context_does(load):
+def test_a_row_ends_where_the_models_context_does(load, monkeypatch):
+    monkeypatch.setitem(torch_engine.LEAVE, "cpu", 2.0)
     scorer, long = load(), prompts((508, 5))
     made = TorchEngine(scorer.model).sample(long, 2, Sampling(max_tokens=6), seed=0)
     assert [len(c) for c in made.completion_ids] == [4, 4, 6, 6]
     assert set(made.finish_reason) == {"length"}
+    ends = set(range(0, 451, 5))
+    made = TorchEngine(scorer.model, sorted(ends)).sample(long, 8, Sampling(max_tokens=12), seed=0)
+    for completion, reason in zip(made.completion_ids, made.finish_reason, strict=True):
+        assert reason == ("stop" if completion[-1] in ends else "length")
+    assert made.finish_reason[:8].count("length") > 2
 
 
 def test_a_token_that_ends_at_the_last_place_is_a_stop(load):
