@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,16 @@ from echolab.store import Snapshot, Store
 
 if TYPE_CHECKING:
     import polars as pl
+    from altair import TopLevelMixin
 
+    from echolab.clips.curate import CurateReport
     from echolab.clips.mine import Mined
+    from echolab.export.run import ExportReport
     from echolab.ingest import IngestReport, Progress
     from echolab.profile_compare import Comparison
     from echolab.profiles import Profile
+    from echolab.report.build import Report
+    from echolab.report.notebook import ReaderPage
     from echolab.verify import VerifyReport
 
 
@@ -118,6 +123,23 @@ class Lab:
 
         return compare(self.snapshot, a, b, **options)
 
+    def curate(
+        self,
+        clipset: str,
+        name: str,
+        *,
+        listing: str | Path | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        **rules: Any,
+    ) -> CurateReport:
+        """A clip set from a clip set: `lab.curate("hard", "curated", dedup=True, against=["aime24.jsonl"])`. Rules are those
+        of `echolab.clips.rules.Rules`; the file `listing` gets a line of JSON for each dropped clip."""
+        from echolab.clips.curate import curate
+        from echolab.clips.rules import Rules
+
+        self._require_newest()
+        return curate(self.store, clipset, name, Rules.make(**rules), listing=listing, progress=progress)
+
     def mine(self, name: str, **options: Any) -> Mined:
         """Clips of the scored successes, kept as `name@1`, `name@2`, ... Arguments are those of `echolab.clips.mine.mine` and
         of its `Selector`, e.g. `selector="peak", run="demo", where="step >= 100", top_k=2`."""
@@ -125,6 +147,45 @@ class Lab:
 
         self._require_newest()
         return mine(self.store, name, **options)
+
+    def export(self, out: str | Path, to: str, *, progress: Progress | None = None, **options: Any) -> ExportReport:
+        """A dataset in the new folder `out`: `lab.export("clips", "trl-sft", clipset="hard")`. Options are those of
+        `echolab.export.config.ExportConfig`, e.g. `what="rollouts", where="success", best=1`."""
+        from echolab.export.config import ExportConfig
+        from echolab.export.run import export
+
+        self._require_newest()
+        return export(self.store, out, ExportConfig.make(to=to, **options), progress)
+
+    def report(self, out: str | Path, **options: Any) -> Report:
+        """The whole store as one HTML file. Options are those of `echolab.report.build.report`, e.g.
+        `runs=["demo"], verifier="math", clipset="hard", static="figures"`."""
+        from echolab.report.build import report
+
+        return report(self.snapshot, out, **options)
+
+    def chart(
+        self,
+        name: str,
+        *,
+        run: str | None = None,
+        verifier: str | None = None,
+        scorer: str | None = None,
+        segmenter: str | None = None,
+    ) -> TopLevelMixin:
+        """One chart of the report, as Altair draws it: `lab.chart("degenerate_by_step")`. A wrong name lists them."""
+        from echolab.chartdata import Answers
+        from echolab.charts import chart
+
+        session = self.session(Options(verifier=verifier, scorer=scorer, segmenter=segmenter))
+        return chart(Answers.of(session, None if run is None else [run]), name)
+
+    def reader(self, group_id: str, **options: Any) -> ReaderPage:
+        """The rollouts of a group side by side, tokens coloured by entropy, in the cell of a notebook. The first characters
+        of the id are enough; options are `clipset`, `verifier`, `scorer` and `segmenter`."""
+        from echolab.report.notebook import reader_page
+
+        return reader_page(self.snapshot, group_id, **options)
 
     def _require_newest(self) -> None:
         if self._fixed is not None:

@@ -13,7 +13,6 @@ from echolab.errors import EcholabError, WrongUsage
 from pipelines.curate_command import curate
 from pipelines.export_command import export
 from pipelines.mine_command import mine
-from pipelines.mine_command import mine
 from pipelines.options import (
     DONE,
     ERROR,
@@ -44,6 +43,7 @@ from pipelines.options import (
     view_options,
 )
 from pipelines.profile_command import profile
+from pipelines.report_command import report
 from pipelines.score_command import score_app
 from pipelines.store_commands import store_app
 from pipelines.train_command import evaluate, train
@@ -59,8 +59,8 @@ app = typer.Typer(
 )
 app.add_typer(store_app, name="store")
 app.add_typer(score_app, name="score")
+app.command()(report)
 app.command()(verify)
-app.command()(mine)
 app.command()(mine)
 app.command()(curate)
 app.command()(export)

@@ -17,7 +17,6 @@ from pipelines.options import (
     SegmenterOption,
     StoreOption,
     VerifierOption,
-    count,
     open_lab,
     option,
     print_json,
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def export(
-    to: Annotated[str | None, option("The format: hf, trl-sft, verl, ...; docs/exports.md lists all.")] = None,
+    to: Annotated[str | None, option("The format.")] = None,
     out: Annotated[Path | None, option("The new folder.", "--out", "-o", metavar="DIR")] = None,
     clipset: Annotated[str | None, option("The clip set: NAME or NAME@VERSION.")] = None,
     what: Annotated[str | None, option("clips, rollouts or prompts; the usual for the format.")] = None,
@@ -48,7 +47,8 @@ def export(
     segmenter: SegmenterOption = None,
     json_: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Write a clip set, rollouts or prompts as a dataset, with a provenance.json that --verify checks.
+    """Write clips, rollouts or prompts as a dataset, with a provenance.json that --verify checks. Formats: hf, trl-sft,
+    trl-grpo, verl, openrlhf, axolotl, llamafactory, jsonl, parquet, replay.
 
     echolab export --clipset hard --to hf --out hard-clips --store store
     """
@@ -78,9 +78,9 @@ def _print(report: ExportReport) -> None:
         print(f"{c['stage']}: {c['in']:,} in{dropped}, {c['out']:,} out")
     for note in report.notes:
         print(note)
-    rows = ", ".join(f"{split} {n:,}" for split, n in report.splits.items())
-    form = f", prompts as {report.form}" if report.form else ""
-    print(f"{report.name}: {report.what} for {report.to}{form} in {report.out}: {rows} ({count(len(report.files), 'file')})")
+    splits = ", ".join(f"{split} {n:,}" for split, n in report.splits.items())
+    form = f", form {report.form}," if report.form else ""
+    print(f"{report.name}: {sum(report.splits.values()):,} {report.what} as {report.to}{form} in {report.out}: {splits}")
 
 
 def _verify(folder: Path, store: Path | None, json_: bool) -> None:

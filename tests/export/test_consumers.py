@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -215,10 +216,10 @@ def test_llamafactory_refuses_what_its_loader_would_skip_in_silence(exported, fi
 # Our own rows come back.
 
 
-@pytest.mark.parametrize("to", ["parquet", "jsonl", "hf"])
+@pytest.mark.parametrize("to", ["parquet", "jsonl"])
 def test_exported_rollouts_are_ingested_again_with_their_ids(once, tmp_path, store, to):
     _, out = once(to, what="rollouts", clipset=None)
-    path = out / ("data/train-00000-of-00001.parquet" if to == "hf" else f"train.{to}")
+    path = out / f"train.{to}"
     assert (choose(path) or [None])[0] is own
     content = (
         "run, step, sample, prompt, completion, prompt_ids, completion_ids, tokenizer, reward, ground_truth, sampling, kind"
@@ -234,7 +235,7 @@ def test_exported_rollouts_are_ingested_again_with_their_ids(once, tmp_path, sto
         _, twice = export_rollouts(again, tmp_path / "twice", to)
         third = again.sql("SELECT rollout_id, group_id FROM rollouts ORDER BY ALL").rows()
     with echolab.open(tmp_path / "third", create=True) as lab:
-        lab.ingest(twice / path.relative_to(out), run="r")
+        lab.ingest(twice / path.name, run="r")
         assert lab.sql("SELECT count(*) FROM rollouts").item() == 18
         assert len(third) == len(set(third)) == 18
 
@@ -249,30 +250,35 @@ def export_rollouts(lab: Any, out: Path, to: str) -> tuple[Any, Path]:
 # Hostile text
 
 
-@pytest.mark.parametrize("to", ["hf", "parquet", "jsonl", "trl-sft", "axolotl", "llamafactory", "verl", "openrlhf", "trl-grpo"])
-def test_hostile_text_survives(exported, fill, to):
-    row = rollout(
-        0, 0, prompt=HOSTILE, source=HOSTILE, model=HOSTILE, ground_truth=HOSTILE, sampling=json.dumps({"x": HOSTILE})
-    )
+@pytest.fixture(scope="module")
+def hostile(fill):
+    of = dict.fromkeys(("prompt", "source", "model", "ground_truth"), HOSTILE)
+    row = rollout(0, 0, **of, sampling=json.dumps({"x": HOSTILE}))
+    return fill([row], [clip(row, clip=HOSTILE + " ", prompt=HOSTILE)])
+
+
+@pytest.mark.parametrize("to", ["hf", "jsonl", "trl-sft", "axolotl", "llamafactory", "verl", "openrlhf"])
+def test_hostile_text_survives(exported, hostile, to):
     options = {"title": HOSTILE, "license": HOSTILE} if to == "hf" else {}
-    _, out = exported(
-        to, fill([row], [clip(row, clip=HOSTILE + " ", prompt=HOSTILE)]), where="run = 'r' OR 'a|`b' = '</script>'", **options
-    )
+    _, out = exported(to, hostile, where="run = 'r' OR 'a|`b' = '</script>'", **options)
     path = next(p for p in sorted(out.rglob("train*")) if p.is_file())
     loaded = load("parquet" if path.suffix == ".parquet" else "json", data_files=str(path))["train"]
     found = [text for r in loaded.to_list() for text in strings(r)]
     assert HOSTILE in found
-    if to not in ("verl", "openrlhf", "trl-grpo"):
+    if to not in ("verl", "openrlhf"):
         assert HOSTILE + " " in found
-    if to == "hf":
-        from huggingface_hub import DatasetCard
 
-        data = DatasetCard.load(out / "README.md").data.to_dict()
-        assert data["pretty_name"] == data["license"] == HOSTILE and data["source_datasets"] == [HOSTILE]
-        assert load(out)["train"].num_rows == 1
-        body = (out / "README.md").read_text().split("---\n", 2)[2]
-        outside = [part for i, part in enumerate(body.split("`" * 2)) if i % 2 == 0]
-        assert not any("<script" in part or "</script" in part for part in outside), "only within code"
+
+def test_hostile_text_is_no_markup_of_the_card(exported, hostile):
+    from huggingface_hub import DatasetCard
+
+    _, out = exported("hf", hostile, title=HOSTILE, license=HOSTILE, where="'a|`b``c' <> '</script>'")
+    data = DatasetCard.load(out / "README.md").data.to_dict()
+    assert data["pretty_name"] == data["license"] == HOSTILE and data["source_datasets"] == [HOSTILE]
+    assert load(out)["train"].num_rows == 1
+    body = (out / "README.md").read_text().split("\n---\n", 1)[1]
+    outside = re.sub(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "", body)  # code spans, as Markdown finds them
+    assert "</script>" in body and "<" not in outside.replace("->", "")
 
 
 def strings(value: Any) -> list[str]:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import math
+import random
 import signal
 import subprocess
 import sys
@@ -14,8 +15,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from generators.clipsets import add_clipset, clip, lines, rollout
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from echolab.errors import EcholabError, WrongUsage
 from echolab.export import files, select
@@ -96,36 +95,28 @@ def test_a_split_is_a_file_name_wherever_it_comes_from(exported, make_store):
         exported("jsonl", twice, clipset=None, name="twice")
 
 
-rewards = st.one_of(st.none(), st.sampled_from([0.0, 0.5, 1.0, math.nan, math.inf]))
-
-
-@settings(max_examples=8, deadline=None)
-@given(
-    groups=st.lists(st.lists(st.tuples(rewards, st.booleans()), min_size=1, max_size=5), min_size=1, max_size=4),
-    n=st.integers(1, 3),
-)
-def test_best_of_n_equals_a_loop(make_store, tmp_path_factory, groups, n):
+def test_best_of_n_equals_a_loop(exported, make_store):
+    """Ties, rollouts without a number, and rewards that are none."""
+    draw = random.Random(0)
     rows = [
-        {**rollout(g, s, reward=reward), "sample": s if numbered else None}
-        for g, group in enumerate(groups)
-        for s, (reward, numbered) in enumerate(group)
+        {**rollout(g, s, reward=draw.choice([None, 0.0, 0.5, 1.0, math.nan, math.inf])), "sample": draw.choice([s, None])}
+        for g in range(40)
+        for s in range(draw.randint(1, 6))
     ]
-    out = tmp_path_factory.mktemp("best") / "out"
-    report = export(make_store(rows), out, ExportConfig.make(to="jsonl", what="rollouts", best=n))
-    expected = set()
-    for g in range(len(groups)):
-        of_group = [r for r in rows if r["group"] == f"g{g}"]
 
-        def order(r):
-            known = r["reward"] is not None and math.isfinite(r["reward"])
-            unnumbered = r["sample"] is None
-            return (not known, -r["reward"] if known else 0, unnumbered, -1 if unnumbered else r["sample"], r["rollout_id"])
+    def order(r):
+        known = r["reward"] is not None and math.isfinite(r["reward"])
+        place = (True, 0) if r["sample"] is None else (False, r["sample"])
+        return (not known, -r["reward"] if known else 0, *place, r["rollout_id"])
 
-        expected |= {r["rollout_id"] for r in sorted(of_group, key=order)[:n]}
-    assert {r["rollout_id"] for r in lines(out / "train.jsonl")} == expected
-    assert report.counts == [
-        {"stage": "export", "in": len(rows), "dropped": {"best": len(rows) - len(expected)}, "out": len(expected)}
-    ]
+    store = make_store(rows)
+    for n in (1, 3):
+        groups = [sorted((r for r in rows if r["group"] == f"g{g}"), key=order) for g in range(40)]
+        expected = {r["rollout_id"] for group in groups for r in group[:n]}
+        report, out = exported("jsonl", store, f"best {n}", clipset=None, best=n)
+        assert {r["rollout_id"] for r in lines(out / "train.jsonl")} == expected
+        dropped = {"best": len(rows) - len(expected)}
+        assert report.counts == [{"stage": "export", "in": len(rows), "dropped": dropped, "out": len(expected)}]
 
 
 def test_the_parts_of_a_sample_stay_together(exported, make_store):

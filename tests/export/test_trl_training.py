@@ -18,8 +18,12 @@ ANSWER = "is five so x = 12\nwait , let us check\n"
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    pytest.importorskip("trl", reason="TRL is not installed")
+def trl() -> Any:
+    return pytest.importorskip("trl", reason="TRL is not installed")
+
+
+@pytest.fixture(scope="module")
+def tiny(trl, tmp_path_factory) -> Path:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     return models.model(tmp_path_factory.mktemp("tiny"), scale=1.0)
 
@@ -44,17 +48,16 @@ def settings(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("form", ["text", "chat", "tokens"])
-def test_sft_trains_two_steps(exported, store, tiny, tmp_path, form):
+def test_sft_trains_two_steps(trl, exported, store, tiny, tmp_path, form):
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
 
     _, out = exported("trl-sft", store, form=form)
     rows = load_dataset("parquet", data_files=str(out / "train.parquet"), split="train")
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    trainer = SFTTrainer(
+    trainer = trl.SFTTrainer(
         AutoModelForCausalLM.from_pretrained(tiny),
-        SFTConfig(**settings(tmp_path / "run"), per_device_train_batch_size=2, completion_only_loss=True),
+        trl.SFTConfig(**settings(tmp_path / "run"), per_device_train_batch_size=2, completion_only_loss=True),
         train_dataset=rows,
         processing_class=tokenizer,
     )
@@ -65,20 +68,19 @@ def test_sft_trains_two_steps(exported, store, tiny, tmp_path, form):
     trained = {tuple(t for t in row["labels"] if t != -100) for row in trainer.train_dataset}
     if form == "tokens":
         assert trained == clips, "the clip and nothing else"
-        assert {tuple(r["input_ids"]) for r in trainer.train_dataset} == {tuple(r["input_ids"]) for r in rows}
+        assert {tuple(r["input_ids"]) for r in trainer.train_dataset} == {tuple(ids) for ids in rows["input_ids"]}
     else:
         assert trained == {(*c, tokenizer.eos_token_id) for c in clips}, "TRL ends each completion, as our note says"
 
 
-def test_axolotls_tokenised_rows_are_the_same_to_trl(exported, store, tiny, tmp_path):
+def test_axolotls_tokenised_rows_are_the_same_to_trl(trl, exported, store, tiny, tmp_path):
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
 
     _, out = exported("axolotl", store, form="tokens")
-    trainer = SFTTrainer(
+    trainer = trl.SFTTrainer(
         AutoModelForCausalLM.from_pretrained(tiny),
-        SFTConfig(**settings(tmp_path / "run"), per_device_train_batch_size=2),
+        trl.SFTConfig(**settings(tmp_path / "run"), per_device_train_batch_size=2),
         train_dataset=load_dataset("json", data_files=str(out / "train.jsonl"), split="train"),
         processing_class=AutoTokenizer.from_pretrained(tiny),
     )
@@ -86,10 +88,9 @@ def test_axolotls_tokenised_rows_are_the_same_to_trl(exported, store, tiny, tmp_
 
 
 @pytest.mark.parametrize("form", ["text", "chat"])
-def test_grpo_trains_two_steps_and_its_reward_sees_the_columns(exported, store, tiny, tmp_path, form):
+def test_grpo_trains_two_steps_and_its_reward_sees_the_columns(trl, exported, store, tiny, tmp_path, form):
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import GRPOConfig, GRPOTrainer
 
     _, out = exported("trl-grpo", store, form=form)
     seen: list[dict[str, Any]] = []
@@ -99,10 +100,10 @@ def test_grpo_trains_two_steps_and_its_reward_sees_the_columns(exported, store, 
         seen.extend({"asked": a, "truth": t, "rate": r} for a, t, r in zip(asked, ground_truth, success_rate, strict=True))
         return [float(len(json.dumps(c)) % 3) for c in completions]
 
-    trainer = GRPOTrainer(
+    trainer = trl.GRPOTrainer(
         AutoModelForCausalLM.from_pretrained(tiny),
         reward,
-        GRPOConfig(
+        trl.GRPOConfig(
             **settings(tmp_path / "run"), per_device_train_batch_size=4, num_generations=4, max_completion_length=8,
         ),
         train_dataset=load_dataset("parquet", data_files=str(out / "train.parquet"), split="train"),
