@@ -201,8 +201,8 @@ def test_expert_traces_and_samples_of_a_policy_on_amc23(tmp_path, model, capsys)
     with echolab.open(store, create=True) as lab:
         lab.ingest(DATA / "experts" / "sky_t1_reflection02_32b_amc23.jsonl", run="sky", role="expert")
         lab.ingest(DATA / "rollouts" / "reasoning_gym_llama3b_step400_amc23.json", run="amc")
-    score = ("score", "--model", model, "--threads", 1, "--too-long", "truncate", "--max-tokens", 400, "--store", store)
-    assert echo(*score, "--where", "role = 'expert' OR sample < 2") == 0
+    score = ("score", "--model", model, "--threads", 1, "--too-long", "truncate", "--max-tokens", 256, "--store", store)
+    assert echo(*score, "--where", "role = 'expert' OR sample < 1") == 0
     assert echo("profile", "--name", "sky", "--where", "role = 'expert' AND success", "--store", store) == 0
     assert echo("profile", "--name", "amc", "--where", "role = 'policy'", "--bootstrap", 100, "--store", store) == 0
     said = capsys.readouterr().out
@@ -210,7 +210,7 @@ def test_expert_traces_and_samples_of_a_policy_on_amc23(tmp_path, model, capsys)
         scored = "FROM rollouts WHERE rollout_id IN (SELECT rollout_id FROM scores) AND"
         [golden] = lab.sql(f"SELECT count(*) {scored} role = 'expert' AND success").row(0)
         own, problems = lab.sql(f"SELECT count(*), count(DISTINCT problem_id) {scored} role = 'policy'").row(0)
-    assert f"sky@1: {golden} trajectories of {golden} problems" in said and 20 < golden <= 29  # a prompt may be too long
+    assert f"sky@1: {golden} trajectories of {golden} problems" in said and 15 < golden <= 29  # a prompt may be too long
     assert f"amc@1: {own} trajectories of {problems} problems" in said
     assert f"{2000 - own:,} of 2,000 rollouts lack a score of tiny@1 and were left out: echolab score --model" in said
     with echolab.open(store) as lab:
