@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 from typing import Any
 
 import echolab
 from echolab.errors import EcholabError
+from echolab.prompts import read
 from trainer import maze
 from trainer.config import TrainConfig
 from trainer.rollouts import Problem
@@ -55,7 +57,7 @@ def training(config: TrainConfig, tokenizer: Any, needs_gold: bool) -> list[Prob
     elif task.prompts == "store":
         rows = stored(config.store, task.where)
     else:
-        rows = read(task.prompts, task.map)
+        rows = list(read(task.prompts, task.map))
     if not rows:
         raise EcholabError(f"task.prompts = {task.prompts!r} gives no problem" + (f" where {task.where}" if task.where else ""))
     without = sum(row.get("ground_truth") is None for row in rows)
@@ -69,12 +71,8 @@ def held_out(config: TrainConfig, tokenizer: Any) -> list[Problem]:
     e = config.evaluation
     if e.prompts is None:
         return []
-    rows = maze.problems(e.problems, e.levels, "held out") if e.prompts == "maze" else read(e.prompts, config.task.map)
+    rows = maze.problems(e.problems, e.levels, "held out") if e.prompts == "maze" else list(read(e.prompts, config.task.map))
     return [problem(row, tokenizer, config.task.template) for row in rows]
-
-
-def read(prompts: str, columns: dict[str, str]) -> list[dict[str, Any]]:
-    raise EcholabError(prompts)
 
 
 def stored(store: str, where: str | None) -> list[dict[str, Any]]:
@@ -92,19 +90,17 @@ def stored(store: str, where: str | None) -> list[dict[str, Any]]:
 
 def problem(row: dict[str, Any], tokenizer: Any, template: str) -> Problem:
     """A row with its prompt as token ids."""
-    messages = row.get("messages")
+    messages, prompt = row.get("messages"), row.get("prompt")
     if isinstance(messages, str):
-        import orjson
-
-        messages = orjson.loads(messages)
-    prompt = row.get("prompt")
+        messages = json.loads(messages)
     if template == "chat":
+        if not tokenizer.chat_template:
+            raise EcholabError("task.template = chat, and the tokenizer has no chat template: use raw")
         asked = messages or [{"role": "user", "content": prompt}]
-        prompt_text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        tokens = tokenizer(prompt_text, add_special_tokens=False)["input_ids"]
+        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
+        prompt = prompt if prompt is not None else "\n\n".join(str(m.get("content") or "") for m in messages or ())
         tokens = tokenizer(prompt)["input_ids"]
-    known = ("prompt", "messages", "ground_truth", "source")
-    return Problem(
-        tokens, prompt, row.get("ground_truth"), messages, row.get("source"), {k: v for k, v in row.items() if k not in known}
-    )
+    extra = row.get("extra") or ({"level": row["level"]} if "level" in row else {})
+    return Problem(tokens, prompt, row.get("ground_truth"), messages, row.get("source"), extra)

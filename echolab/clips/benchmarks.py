@@ -58,10 +58,10 @@ def load(word: str) -> Benchmark:
         raise EcholabError(f"{path}: {e.strerror or e}") from None
     found: dict[tuple[str, bool], Text] = {}
     seen: dict[str, None] = {}
-    for number, row in enumerate(_rows(path)):
+    for number, row in enumerate(rows(path)):
         seen |= dict.fromkeys(row)
         for name in (column,) if column else (*PROBLEMS, *LONG):
-            for text, is_problem in _texts(_value(row, name), name not in LONG):
+            for text, is_problem in _texts(value(row, name), name not in LONG):
                 found.setdefault((text, is_problem), Text(number, name, text, is_problem))
     if not found:
         raise EcholabError(_nothing(path, column, list(seen)))
@@ -85,7 +85,8 @@ def _nothing(path: Path, column: str | None, columns: list[str]) -> str:
     return f"{path}: column {column} holds neither texts nor chat messages; {there}"
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of JSON lines, a JSON list or Parquet."""
     with path.open("rb") as f:
         if f.read(4) == b"PAR1":
             yield from _parquet(path)
@@ -123,12 +124,13 @@ def _objects(path: Path, rows: Iterable[tuple[int, Any]]) -> Iterator[dict[str, 
         yield row
 
 
-def _value(row: dict[str, Any], name: str) -> Any:
+def value(row: dict[str, Any], name: str) -> Any:
+    """A column of a row; `a.b` looks inside."""
     if name in row:
         return row[name]
     first, dot, rest = name.partition(".")
     inside = row.get(first)
-    return _value(inside, rest) if dot and isinstance(inside, dict) else None
+    return value(inside, rest) if dot and isinstance(inside, dict) else None
 
 
 def _texts(value: Any, is_problem: bool) -> Iterator[tuple[str, bool]]:
