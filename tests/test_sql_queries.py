@@ -53,9 +53,9 @@ def test_there_are_these_queries():
     assert NAMES == [
         "advantage_check", "all_fail_with_expert", "clip_overlap", "clip_provenance", "clip_stats", "compare_runs",
         "degenerate_by_step", "degenerate_groups", "degenerate_prompts", "difficulty", "duplicates", "entropy_by_outcome",
-        "entropy_by_position", "entropy_by_step", "entropy_profile", "length_by_outcome", "pass_at_k", "profile_compare",
-        "reward_by_step", "scorer_agreement", "segment_entropy_histogram", "top_entropy_tokens", "truncation_by_step",
-        "verifier_agreement", "verifier_disagreements", "wasted_tokens",
+        "entropy_by_position", "entropy_by_step", "entropy_profile", "length_by_outcome", "pass_at_k", "problem_visits",
+        "profile_compare", "reward_by_step", "scorer_agreement", "segment_entropy_histogram", "top_entropy_tokens",
+        "truncation_by_step", "verifier_agreement", "verifier_disagreements", "wasted_tokens",
     ]  # fmt: skip
 
 
@@ -110,6 +110,17 @@ def test_degenerate_prompts_tells_saturated_never_solved_and_forgotten(store):
         problem("R"): ("forgotten", 2, 2), problem("S"): ("never_solved", 1, 1),
     }  # fmt: skip
     assert problem("P") not in run(store, "degenerate_prompts", streak=4)["problem_id"]
+
+
+def test_problem_visits_tells_forgotten_from_failed(store):
+    found = run(store, "problem_visits")
+    statuses = {p: found.filter(found["problem_id"] == problem(p))["status"].to_list() for p in "PQRSUV"}
+    assert statuses == {
+        "P": ["solved"] * 3, "Q": ["failed"] * 3, "R": ["mixed", "forgotten", "forgotten"], "S": ["constant"],
+        "U": ["unrewarded"], "V": ["single"],
+    }  # fmt: skip
+    rates = found.filter(found["problem_id"] == problem("R")).select("step", "success_rate", "problem_success_rate").rows()
+    assert rates == [(1, 0.25, 1 / 12), (2, 0, 1 / 12), (3, 0, 1 / 12)]
 
 
 def test_a_saturated_problem_is_saturated_up_to_now(make_store):
