@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow chromium lint clean
 
 demo: .venv/core
 	$(BIN)/echolab demo
@@ -10,8 +10,13 @@ demo: .venv/core
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slow: .venv/slow
+test-slow: .venv/slow chromium
 	$(BIN)/python -m pytest -m slow
+
+# The browser that reports are tested in. Where it cannot be installed, those tests say so and are skipped.
+chromium:
+	@command -v chromium > /dev/null || test "$$(id -u)" != 0 || ! command -v apt-get > /dev/null || \
+	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium > /dev/null; } || true
 
 lint: .venv/dev
 	$(BIN)/ruff format .
@@ -28,7 +33,7 @@ lint: .venv/dev
 	touch $@
 
 .venv/slow: .venv/dev
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,ray,trl]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,ray,report-test,trl]"
 	touch $@
 
 clean:

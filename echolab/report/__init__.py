@@ -1,0 +1,1 @@
+"""The report of a store: one HTML file with its charts and a reader of rollouts."""

@@ -1,0 +1,199 @@
+"""`echolab report`: a store as one HTML file, for those who were not there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import echolab
+from echolab.chartdata import NO_EXPERTS, Answers, Missing
+from echolab.charts import CHARTS, Figure, chart, problem_visits
+from echolab.coverage import label
+from echolab.drawing import Style, dress
+from echolab.errors import EcholabError
+from echolab.report import sections
+from echolab.report.choice import Choice, choose
+from echolab.report.findings import experts_table, finding
+from echolab.report.html import page, part, reader_index
+from echolab.report.sample import KINDS, SIZES, Sample, as_json, sample
+from echolab.sql import Session
+from echolab.store import Snapshot, now
+from echolab.words import count
+
+MOST_BYTES, SPARE = 4_900_000, 250_000  # of the file; for its text and tables
+PAGE = Style(
+    ink="var(--ink)", muted="var(--muted)", grid="var(--line)", solved="var(--solved)", mixed="var(--mixed)",
+    failed="var(--failed)", constant="var(--constant)", forgotten="var(--forgotten)", other="var(--other)",
+    expert="var(--expert)", on_colour="var(--on-colour)", on_light="var(--on-light)", paper="var(--paper)", width="container",
+    series=("var(--accent)", "var(--orange)", "var(--expert)", "var(--constant)", "var(--grey)", "var(--rose)"),
+)  # fmt: skip
+
+
+@dataclass
+class Report:
+    """What was written: how many of the groups can be read in it, its charts, what the store does not hold (with the command
+    that provides it), and what was chosen unasked. `static` are the images."""
+
+    path: str
+    size: int
+    groups: int
+    n_groups: int
+    charts: list[str]
+    missing: list[str]
+    notes: list[str]
+    static: list[str]
+
+
+def report(
+    snapshot: Snapshot,
+    out: str | Path,
+    *,
+    runs: Sequence[str] | None = None,
+    clipset: str | None = None,
+    verifier: str | None = None,
+    scorer: str | None = None,
+    segmenter: str | None = None,
+    static: str | Path | None = None,
+) -> Report:
+    """Write the page of a store, of these runs or of all. With `static`, each chart also as SVG and PNG into that folder."""
+    bundle, out = _vega(), Path(out)
+    choice = choose(snapshot, clipset, verifier, scorer, segmenter)
+    with Session(snapshot, choice.options) as session:
+        answers = Answers.of(session, runs)
+        drawn, absent = draw(answers)
+        specs = {name: [as_json(_spec(figure)) for figure in figures] for name, figures in drawn.items()}
+        charts = sum(len(spec.encode()) for written in specs.values() for spec in written)
+        found = sample(session, answers.runs, choice.clipset, MOST_BYTES - SPARE - len(bundle) - charts)
+        if "problem_visits" in drawn:  # again, with dots
+            drawn["problem_visits"] = problem_visits(answers, PAGE, frozenset(found.payloads))
+            specs["problem_visits"] = [as_json(_spec(figure)) for figure in drawn["problem_visits"]]
+        missing = list(absent.values()) + ([] if experts_table(answers) else [NO_EXPERTS])
+        missing = list(dict.fromkeys(missing)) if answers.runs else []
+        body, data = _body(answers, choice, drawn, specs, absent, missing, found)
+        title = f"echolab: {snapshot.store.root.name}"
+        written = page(title, body, [part("style.css")], [bundle, part("reader.js"), part("page.js")], data).encode()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = out.with_name(f"{out.name}.part")
+        unfinished.write_bytes(written)
+        unfinished.replace(out)
+        images = [] if static is None else write_images(answers, list(drawn), Path(static))
+    return Report(str(out), len(written), len(found.entries), found.n_groups, list(drawn), missing, list(choice.notes), images)
+
+
+def _vega() -> str:
+    """Vega, Vega-Lite and what embeds them: once for all charts."""
+    try:
+        import vl_convert
+    except ImportError:
+        raise EcholabError("a report needs vl-convert: pip install 'echolab[report]'") from None
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+
+
+def draw(answers: Answers, style: Style = PAGE) -> tuple[dict[str, list[Figure]], dict[str, str]]:
+    """The charts by name, and what those lack that cannot be drawn."""
+    drawn, absent = {}, {}
+    for name, figures in CHARTS.items():
+        try:
+            drawn[name] = figures(answers, style)
+        except Missing as e:
+            absent[name] = e.what
+    if "entropy_profile" in drawn:
+        drawn.pop("entropy_by_position", None)  # a profile shows the same, and its cohort is the user's choice
+    return drawn, absent
+
+
+def _spec(figure: Figure) -> dict[str, Any]:
+    return dress(figure.chart.properties(width=PAGE.width, autosize={"type": "fit-x", "contains": "padding"}), PAGE).to_dict()
+
+
+def _body(
+    answers: Answers,
+    choice: Choice,
+    drawn: Mapping[str, list[Figure]],
+    specs: Mapping[str, list[str]],
+    absent: Mapping[str, str],
+    missing: Sequence[str],
+    found: Sample,
+) -> tuple[str, dict[str, str]]:
+    """The body of the page, and its data by id."""
+    charted, places = sections.charted(drawn, absent if answers.runs else {})
+    main = [
+        sections.runs(answers) if answers.runs else "",
+        charted,
+        sections.reader(_about_reader(answers.session, choice, found)) if found.entries else "",
+        sections.sources(answers) if answers.session.snapshot.ledger.live else "",
+        sections.missing(missing),
+    ]
+    origin = provenance(answers, choice)
+    top = sections.top(finding(answers), f"echolab report · {origin['store']['name']}")
+    body = f"{top}<main>{''.join(main)}</main>{sections.foot(choice.notes, origin)}"
+    data = {"charts": "{" + ",".join(f'"{place}":{specs[name][i]}' for place, (name, i) in places.items()) + "}"}
+    if found.entries:
+        data["reader-index"] = reader_index(found.entries, found.scale(), KINDS)
+        data |= {f"g-{id}": payload for id, payload in found.payloads.items()}
+    return body, data
+
+
+def _about_reader(session: Session, choice: Choice, found: Sample) -> str:
+    """What can be read, how it was sampled, and what the colours are."""
+    n = len(found.entries)
+    said = f"All {count(n, 'group')} can be read here" if n == found.n_groups else (
+        f"{n:,} of {found.n_groups:,} groups can be read here, degenerate, mixed and surprising ones in turn"
+    )  # fmt: skip
+    said += (
+        f", with up to {SIZES[0][0]} rollouts each: the shortest, the longest, right and wrong ones in turn."
+        " `?` lists the keys, and the address leads back to what is open."
+    )
+    return f"{said} {colours(session, found.scale())} {_clips(choice.clipset)}"
+
+
+def colours(session: Session, scale: Mapping[str, float]) -> str:
+    """What the colours of tokens are, in words."""
+    scorer = session.sql("SELECT chosen_scorer() AS scorer")["scorer"][0]
+    if scorer is None or not scale["entropy"]:
+        return "Tokens have no colours, as no rollout here has entropies: `echolab score --model MODEL` computes them."
+    config = session.snapshot.registry("scorers").get(scorer, {}).get("config", {})
+    size = session.sql("SELECT count(*) AS n FROM vocab WHERE tokenizer = chosen_tokenizer()")["n"][0]
+    bound = f" (the most is ln {size:,} = {math.log(size):.1f})" if size else ""
+    how = "as recorded while sampling" if config.get("kind") == "sampling" else "exact, over the full vocabulary"
+    at = "" if config.get("temperature") is None else f" at temperature {config['temperature']:g},"
+    return (
+        f"Colours are entropies in nats by {label(session.snapshot, 'scorer', scorer)}, {how},{at} of completion tokens only."
+        f" Their scale is the same everywhere: 0 to {scale['entropy']:.2f}, the 99th percentile of the tokens here{bound}."
+    )
+
+
+def _clips(clipset: str | None) -> str:
+    return "" if clipset is None else f"EchoClips are those of {clipset}, underlined up to their end."
+
+
+def provenance(answers: Answers, choice: Choice) -> dict[str, Any]:
+    """Where the page comes from. It has the page's only time stamp."""
+    snapshot, options = answers.session.snapshot, choice.options
+    return {
+        "echolab": echolab.__version__,
+        "created": now().isoformat(timespec="seconds"),
+        "store": {"name": snapshot.store.root.name, "versions": dict(sorted(snapshot.versions.items()))},
+        "runs": list(answers.runs),
+        "clipset": choice.clipset,
+        "verifier": options.verifier,
+        "scorer": options.scorer,
+        "segmenter": options.segmenter,
+    }
+
+
+def write_images(answers: Answers, names: Sequence[str], folder: Path) -> list[str]:
+    """Each chart as `NAME.svg` and `NAME.png`."""
+    import vl_convert
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name in names:
+        spec = chart(answers, name).to_dict()
+        (folder / f"{name}.svg").write_text(vl_convert.vegalite_to_svg(spec), "utf-8")
+        (folder / f"{name}.png").write_bytes(vl_convert.vegalite_to_png(spec, scale=2))
+        written += [str(folder / f"{name}.svg"), str(folder / f"{name}.png")]
+    return written
