@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from echolab.clips.curate import CurateReport
     from echolab.clips.mine import Mined
     from echolab.export.run import ExportReport
+    from echolab.generate import GenerateReport
     from echolab.ingest import IngestReport, Progress
     from echolab.profile_compare import Comparison
     from echolab.profiles import Profile
@@ -96,6 +97,15 @@ class Lab:
 
         given = [paths] if isinstance(paths, str | Path) else paths
         return watch(self.store, given, IngestConfig.make(run=run, **options), every)
+
+    def generate(self, model: str | Path, prompts: str | Path, *, run: str, **options: Any) -> GenerateReport:
+        """Rollouts of a model on a file of prompts, `n` of each, with their entropies. What the store has is not sampled
+        again. Options are those of `echolab generate`, e.g. `n=8, temperature=0.7`."""
+        from echolab.generate import GenerateConfig, Generation
+
+        self._require_newest()
+        config = GenerateConfig.make(model=str(model), prompts=str(prompts), run=run, **options)
+        return Generation.load(config).run(self.store)
 
     def verify(self, verifier: str, **options: Any) -> VerifyReport:
         """Verdicts of `math`, `exact`, `numeric`, `choice` or `python:module:function` on rollouts that have none yet.

@@ -12,6 +12,7 @@ import typer
 from echolab.errors import EcholabError, WrongUsage
 from pipelines.curate_command import curate
 from pipelines.export_command import export
+from pipelines.generate_command import generate
 from pipelines.mine_command import mine
 from pipelines.options import (
     DONE,
@@ -58,6 +59,7 @@ app = typer.Typer(
 )
 app.add_typer(store_app, name="store")
 app.add_typer(score_app, name="score")
+app.command()(generate)
 app.command()(verify)
 app.command()(mine)
 app.command()(curate)
