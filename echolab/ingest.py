@@ -37,6 +37,7 @@ from echolab.recorded import to_table as score_table
 from echolab.rows import Identify, Stored, bad_of, to_table, with_ids
 from echolab.schema import TABLES
 from echolab.store import Snapshot, Staged, Store, now
+from echolab.vocab import special_ids
 
 CHUNK_ROWS, CHUNK_BYTES = 2_048, 16 << 20  # rows become Arrow in chunks, so that Python holds few of them
 STAGE_BYTES = 128 << 20  # a staged file; with its sorted copy and the next one being read, about half a gigabyte
@@ -168,6 +169,7 @@ class _Ingest:
     def __init__(self, store: Store, snapshot: Snapshot, config: IngestConfig, folder: Path, report: IngestReport):
         self.store, self.snapshot, self.config, self.folder, self.report = store, snapshot, config, folder, report
         self.scorer = Scorer(config.run, config.tokenizer, config.temperature, config.dtype)
+        self.eos = special_ids(snapshot, config.tokenizer) if config.tokenizer else frozenset()  # a dump does not say which
         self.rows: list[tuple[Open, Row]] = []
         self.late: list[ScoresOf] = []  # of the file at hand
         self.scores: list[dict[str, Any]] = []
@@ -290,7 +292,7 @@ class _Ingest:
         late, self.late = self.late, []
         if not late:
             return
-        reading.matcher = reading.matcher or Matcher(self.snapshot, self.config.run, self.scorer.id, self.folder)
+        reading.matcher = reading.matcher or Matcher(self.snapshot, self.config.run, self.scorer.id, self.eos, self.folder)
         for item, row in reading.matcher.rows(late):
             if isinstance(row, dict):
                 self._score(reading, row)
@@ -336,7 +338,8 @@ class _Ingest:
                     reading.stored(row.fields, own)
                     made.append(own)
                     if row.scores:
-                        self._score(reading, score_row(self.scorer.id, str(own["rollout_id"]), row.fields, row.scores))
+                        scores = score_row(self.scorer.id, str(own["rollout_id"]), row.fields, row.scores, self.eos)
+                        self._score(reading, scores)
                     continue
                 except _NO_ROW as e:
                     made.append(None)

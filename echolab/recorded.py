@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,20 +65,26 @@ def _check(entropies: Sequence[float], logprobs: Sequence[float] | None, n: int)
         raise ValueError("entropies that are not numbers from 0 on")
 
 
-def score_row(scorer: str, rollout_id: str, fields: dict[str, Any], scores: Scores) -> dict[str, Any]:
-    mask = fields.get("loss_mask")
-    counted = [e for e, m in zip(scores.entropies, mask, strict=True) if m] if mask is not None else scores.entropies
+def score_row(
+    scorer: str, rollout_id: str, fields: dict[str, Any], scores: Scores, eos: Collection[int] = ()
+) -> dict[str, Any]:
+    """A row of `scores`. Tokens of `eos` at the very end count in no mean."""
+    tokens, mask = fields["completion_ids"], fields.get("loss_mask")
+    n = len(tokens)
+    while n and tokens[n - 1] in eos:
+        n -= 1
+    counted = [e for e, m in zip(scores.entropies[:n], mask or [True] * n, strict=False) if m]
     return {
         "rollout_id": rollout_id,
         "scorer": scorer,
         "run": fields["run"],
         "step": fields.get("step"),
-        "token_ids": fields["completion_ids"],
+        "token_ids": tokens,
         "loss_mask": mask,
         "entropies": scores.entropies,
         "logprobs": scores.logprobs,
         "mean_entropy": math.fsum(counted) / len(counted) if counted else None,
-        "n_tokens": len(fields["completion_ids"]),
+        "n_tokens": n,
     }
 
 
@@ -90,8 +96,8 @@ class Matcher:
     """Finds the stored rollouts of a run by their tokens. Of rollouts with the same tokens those nearest in step come
     first (a trainer may be ahead of the policy that sampled), each once."""
 
-    def __init__(self, snapshot: Snapshot, run: str, scorer: str, folder: Path):
-        self.snapshot, self.run, self.scorer, self.folder = snapshot, run, scorer, folder
+    def __init__(self, snapshot: Snapshot, run: str, scorer: str, eos: Collection[int], folder: Path):
+        self.snapshot, self.run, self.scorer, self.eos, self.folder = snapshot, run, scorer, eos, folder
         self.taken: set[str] = set()
         self.missing = 0  # rows whose rollouts the store does not have: reading them again may find them
 
@@ -116,7 +122,7 @@ class Matcher:
         self.taken.add(rollout_id)
         fields = {"run": self.run, "step": step, "completion_ids": item.token_ids[n:], "loss_mask": mask}
         logprobs = item.logprobs[n:] if item.logprobs is not None else None
-        return score_row(self.scorer, rollout_id, fields, Scores(item.entropies[n:], logprobs))
+        return score_row(self.scorer, rollout_id, fields, Scores(item.entropies[n:], logprobs), self.eos)
 
     def _found(self, items: Sequence[ScoresOf]) -> dict[int, list[tuple]]:
         files = [f.path for f in self.snapshot.files("rollouts") if f.partition["run"] == self.run]

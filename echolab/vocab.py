@@ -99,6 +99,13 @@ class Vocab:
         return flags
 
 
+def special_ids(snapshot: Snapshot, tokenizer: str) -> frozenset[int]:
+    """The special tokens of a stored vocabulary; none where the store does not have it."""
+    files = [f.path for f in snapshot.files("vocab") if f.partition["tokenizer"] == tokenizer]
+    rows = [pq.ParquetFile(path).read(columns=["token_id", "special"]) for path in files]
+    return frozenset(i for table in rows for i in table.filter(table["special"])["token_id"].to_pylist())
+
+
 def load_tokenizer(name: str | Path) -> Any:
     """The fast tokenizer of a folder, or of a model in the cache of the Hub, exactly as its files describe it."""
     try:

@@ -95,7 +95,7 @@ def test_rollouts_are_stored_as_groups_with_all_that_is_known_of_them(lab, model
 
 
 def test_entropies_are_a_scorer_of_the_run_and_agree_with_scoring(lab, model, tmp_path):
-    report = lab.generate(model, problems(tmp_path / "p.jsonl"), run="r", n=4, max_tokens=20, temperature=0.7)
+    report = lab.generate(model, problems(tmp_path / "p.jsonl"), run="r", n=4, max_tokens=100, temperature=0.7)
     [(id, entry)] = lab.snapshot.registry("scorers").items()
     assert (id, entry["name"], entry["config"]["kind"], entry["config"]["temperature"]) == (report.scorer, "r", "sampling", 0.7)
     assert lab.sql("SELECT count(*) > 0 FROM segments").item(), "cut already, for mining"
@@ -105,6 +105,11 @@ def test_entropies_are_a_scorer_of_the_run_and_agree_with_scoring(lab, model, tm
     difference = lab.query("scorer_agreement").to_dicts()[0]
     assert difference["n_rollouts"] == 24 and difference["n_tokens"] == report.tokens
     assert difference["max_abs_difference"] < 1e-4 and difference["mean_abs_entropy_difference"] < 1e-5
+    rows = lab.sql(
+        "SELECT max(n_tokens) - min(n_tokens), max(mean_entropy) - min(mean_entropy) FROM scores GROUP BY rollout_id"
+    )
+    assert all(n == 0 and difference < 1e-5 for n, difference in rows.rows()), "both leave a final EOS out"
+    assert 0 < report.ended < 24
 
 
 def test_what_is_there_is_not_sampled_again_and_another_generation_is(lab, model, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from echolab.errors import Unreadable
 from echolab.lab import Lab
 from echolab.readers import Row, Scores, Source
 from echolab.readers.base import rows_of_lines
+from echolab.vocab import Vocab
 
 ROLLOUT = {"fake": 1, "step": 3, "prompt": "p", "reward": 1.0}
 
@@ -90,6 +91,24 @@ def test_token_numbers_of_a_dump_are_scores_of_one_scorer_named_after_the_run(la
     ]
     assert tokens == flat
     assert lab.validate() == []
+
+
+def test_a_final_eos_counts_in_no_mean_where_the_store_knows_the_tokenizer(lab, tmp_path):
+    Vocab("tok", {0: b"<end>", 1: b"a", 2: b"b"}, frozenset({0})).keep(lab.store)
+    numbers = {"entropies": [1.0, 2.0, 4.0, 8.0], "logprobs": [-1.0] * 4}
+    made = [
+        {**ROLLOUT, **numbers, "completion_ids": [1, 0, 2, 0]},
+        {**ROLLOUT, **numbers, "completion_ids": [1, 2, 0, 0], "loss_mask": [False, True, True, True]},
+        {**ROLLOUT, **numbers, "completion_ids": [0, 0, 0, 0]},
+    ]
+    expected = [(3, 7 / 3), (2, 2.0), (0, None)]
+    for tokenizer, means in (("tok", expected), ("other", [(4, 3.75), (4, 14 / 3), (4, 3.75)])):
+        lab.ingest(lines(tmp_path / "d.jsonl", made), run=tokenizer, tokenizer=tokenizer)
+        rows = lab.sql(
+            f"""SELECT n_tokens, mean_entropy FROM scores JOIN rollouts r USING (rollout_id) WHERE r.run = '{tokenizer}'
+            ORDER BY origin.row"""
+        ).rows()
+        assert rows == [(n, mean if mean is None else pytest.approx(mean)) for n, mean in means]
 
 
 def test_what_the_dump_does_not_say_of_its_numbers_is_asked_for(lab, tmp_path):
