@@ -14,7 +14,8 @@ import torch
 from measure import table
 
 from echolab.entropy.batching import Sample, batches
-from echolab.entropy.scorer import BATCH_TOKENS, Scorer, ScorerConfig
+from echolab.entropy.passes import BATCH_TOKENS
+from echolab.entropy.scorer import Scorer, ScorerConfig
 from echolab.vocab import load_tokenizer
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -22,7 +22,7 @@ from echolab.engines.cache import RowCache
 from echolab.engines.draw import draw, row_keys, uniforms
 from echolab.engines.lean import Lean, fits
 from echolab.entropy import packed
-from echolab.entropy.scorer import out_of_memory
+from echolab.entropy.passes import out_of_memory
 from echolab.errors import EcholabError
 
 ROWS = 256

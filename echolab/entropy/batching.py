@@ -78,11 +78,13 @@ def batches(samples: Sequence[Sample], budget: int, share: bool = True, pack: bo
 
 
 def _fill(samples: Sequence[Sample], budget: int, layout: Layout) -> list[Batch]:
-    """Longest first: then those of a batch are of like length."""
+    """Longest first: then those of a batch are of like length, and the first one's is that of all rows."""
     found: list[Batch] = []
     held: list[Sample] = []
     for s in sorted(samples, key=lambda s: (-len(s), s.place)):
-        if held and Batch((*held, s), layout).computed > budget:
+        longest = held[0] if held else s
+        once, each = (len(s.prompt), len(longest.completion)) if layout is Layout.SHARED else (0, len(longest))
+        if held and once + (len(held) + 1) * each > budget:
             found.append(Batch(tuple(held), layout))
             held = []
         held.append(s)

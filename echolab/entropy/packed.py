@@ -116,7 +116,11 @@ def attend(
         k, v = k[key_index], v[key_index]
     kernel = _kernel()
     known = inspect.signature(kernel).parameters  # they changed between torch 2.10 and 2.13
-    options: dict[str, Any] = {"scale": scaling}
+    options: dict[str, Any] = {}
+    if "scale" in known:
+        options["scale"] = scaling
+    elif scaling is not None:  # the kernel's own is 1 / sqrt(size)
+        q = q * (scaling * q.shape[-1] ** 0.5)
     if "window_size" in known:
         options["window_size"] = (sliding_window - 1 if sliding_window else -1, 0)  # to the right nothing: causal
     elif sliding_window is None or sliding_window > lengths["max_length_k"]:

@@ -1,12 +1,10 @@
-"""A causal language model as a scorer: the entropy and log-probability of every completion token of stored rollouts.
-
-Body and head run apart, so that no tensor of tokens x vocabulary is ever built."""
+"""A causal language model as a scorer: the entropy and log-probability of every completion token of stored rollouts."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -19,9 +17,9 @@ from pydantic import field_validator
 
 from echolab import ids
 from echolab.config import Config
-from echolab.entropy import packed
-from echolab.entropy.batching import Batch, Sample, batches, hidden_states, split
-from echolab.entropy.head import Head, token_stats
+from echolab.entropy import packed, passes
+from echolab.entropy.batching import Sample
+from echolab.entropy.head import Head
 from echolab.entropy.render import COLUMNS, Renderer, Unfit
 from echolab.errors import EcholabError
 from echolab.hub import located
@@ -32,7 +30,6 @@ from echolab.vocab import Vocab, load_tokenizer
 
 __all__ = ["COLUMNS", "Scorer", "ScorerConfig"]
 
-BATCH_TOKENS = {"cpu": 2 * 1024, "cuda": 64 * 1024}
 VERSION = 1  # of the numbers: rendering and arithmetic
 
 
@@ -192,31 +189,8 @@ class Scorer:
 
     def numbers(self, samples: Sequence[Sample]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Of each sample, by its place: entropy and log-probability of its completion's tokens."""
-        budget = self.config.batch_tokens or BATCH_TOKENS[self.device.type if self.device.type in BATCH_TOKENS else "cpu"]
-        found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        with torch.inference_mode():
-            for batch in batches(samples, budget, self.config.share_prompts, self.packs):
-                for part, (entropies, logprobs) in self._pass(batch):
-                    for (sample, e), (_, lp) in zip(split(entropies, part), split(logprobs, part), strict=True):
-                        found[sample.place] = (e, lp)
-        return found
-
-    def _pass(self, batch: Batch) -> Iterator[tuple[Batch, tuple[torch.Tensor, torch.Tensor]]]:
-        """One batch through the model, or its halves where memory does not suffice."""
-        try:
-            hidden, targets = hidden_states(self.body, batch, self.device)
-            stats = token_stats(hidden, self.head, targets, self.config.temperature, compiled=self.config.compiled)
-            yield batch, (stats.entropy.cpu(), stats.logprob.cpu())
-            return
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
-            if not out_of_memory(e):
-                raise
-            if len(batch.samples) == 1:
-                raise EcholabError(f"out of memory for a single rollout of {len(batch.samples[0])} tokens") from None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        for half in batch.halves():
-            yield from self._pass(half)
+        how = {"temperature": self.config.temperature, "share": self.config.share_prompts, "compiled": self.config.compiled}
+        return passes.numbers(self.body, self.head, samples, self.config.batch_tokens, pack=self.packs, **how)
 
     def _row(self, rollout: dict[str, Any], sample: Sample, entropies: torch.Tensor, logprobs: torch.Tensor) -> dict[str, Any]:
         mask = rollout["loss_mask"]
@@ -302,11 +276,6 @@ def _configuration(model: Any) -> str:
 
 def _digest(text: str) -> str:
     return blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Also a CPU's allocator, whose error is a RuntimeError like any other."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
 
 def with_means(scores: pa.Table, vocab: Vocab, eos: Sequence[int]) -> pa.Table:

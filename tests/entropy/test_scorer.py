@@ -12,8 +12,7 @@ pytest.importorskip("transformers", reason="scoring needs transformers")
 
 from generators import models  # noqa: E402
 
-from echolab.entropy import packed  # noqa: E402
-from echolab.entropy import scorer as scorer_module  # noqa: E402
+from echolab.entropy import packed, passes  # noqa: E402
 from echolab.entropy.batching import Batch, Layout, Sample, batches  # noqa: E402
 from echolab.entropy.render import COLUMNS  # noqa: E402
 from echolab.entropy.scorer import Scorer, ScorerConfig  # noqa: E402
@@ -214,7 +213,7 @@ def test_too_long_rollouts_are_cut_on_request(load):
 
 def test_out_of_memory_halves_the_batch_and_a_single_rollout_that_is_too_large_is_an_error(load, monkeypatch):
     scorer, asked = load(share_prompts=False), samples(8)
-    expected, sizes, forward = scorer.numbers(asked), [], scorer_module.hidden_states
+    expected, sizes, forward = scorer.numbers(asked), [], passes.hidden_states
 
     def small(body, batch: Batch, device):
         sizes.append(len(batch.samples))
@@ -222,7 +221,7 @@ def test_out_of_memory_halves_the_batch_and_a_single_rollout_that_is_too_large_i
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
         return forward(body, batch, device)
 
-    monkeypatch.setattr(scorer_module, "hidden_states", small)
+    monkeypatch.setattr(passes, "hidden_states", small)
     limit = 2
     numbers = scorer.numbers(asked)
     assert sizes == [8, 4, 2, 2, 4, 2, 2]
@@ -309,6 +308,29 @@ def test_packed_sequences_with_shared_prompts_score_as_single_ones_do(folder, lo
     together = scorer.numbers(asked)
     assert scorer.model.config._attn_implementation == packed.NAME
     assert all(close(together[s.place], alone[s.place], 1e-5) for s in asked)
+
+
+def kernel_of_2_10(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False, return_aux=None):
+    assert is_causal
+    return loop_of_attention(q, k, v, cu_q, cu_k, max_q, max_k)
+
+
+def kernel_without_groups(q, k, v, cu_q, cu_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+    assert window_size == (-1, 0)
+    return loop_of_attention(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale)
+
+
+@pytest.mark.parametrize("kernel", [kernel_of_2_10, kernel_without_groups])
+def test_the_kernels_of_older_torch_versions_attend_in_the_same_way(kernel, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 12, 8, generator=g) for heads in (4, 2, 2))
+    cuts = torch.tensor([0, 5, 12], dtype=torch.int32)
+    lengths = {"cu_seq_lens_q": cuts, "cu_seq_lens_k": cuts, "max_length_q": 7, "max_length_k": 7}
+    found = []
+    for which in (loop_of_attention, kernel):
+        monkeypatch.setattr(packed, "_kernel", lambda which=which: which)
+        found.append(packed.attend(None, q, k, v, None, scaling=0.3, **lengths)[0])
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_a_pack_holds_each_prompt_of_several_completions_once():
