@@ -13,6 +13,7 @@ from echolab.sql import Session
 from echolab.words import count
 
 ROWS = 1900  # of one chart at most
+CLIPSETS = 12
 SERIES = 6  # runs in one report, lines in one chart
 COLUMNS, PROBLEMS = 60, 48  # of the problems' heat-map
 STATUSES = {
@@ -79,6 +80,13 @@ class Answers:
             raise Missing(NO_PROFILES if self.session.sql("SELECT 1 FROM scores LIMIT 1").height else NO_SCORES)
         found = [self._once("entropy_profile", profile=id) for id in sorted(newest["id"].head(SERIES))]
         return pl.concat(found).with_columns(line="profile")
+
+    def clipsets(self) -> pl.DataFrame:
+        """The last made clip sets, in numbers."""
+        rows = self._once("clip_stats")
+        if not rows.height:
+            raise Missing(NO_CLIPS)
+        return rows.tail(CLIPSETS)
 
     def _once(self, query: str, **params: Any) -> pl.DataFrame:
         key = query, tuple(sorted(params.items()))

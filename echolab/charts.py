@@ -29,10 +29,11 @@ from echolab.drawing import (
     lines,
     lines_colour,
     parts_colour,
+    ranges,
     stack,
 )
 from echolab.errors import EcholabError
-from echolab.words import THIN, count, percent, short
+from echolab.words import THIN, count, listed, percent, short
 
 KINDS = {
     "all_fail": "all wrong", "constant": "all the same", "all_success": "all right", "mixed": "mixed", "other": "other groups",
@@ -195,11 +196,24 @@ def peak_positions(answers: Answers, style: Style) -> list[Figure]:
     return figures or _missing(NO_SCORES)
 
 
+def clip_stats(answers: Answers, style: Style) -> list[Figure]:
+    """Clip sets side by side: how long their clips are, and how much of their completions they take."""
+    rows = answers.clipsets()
+    caption = f"From the 5th to the 95th percentile, with the median: {listed([_clips(row) for row in rows.to_dicts()])}."
+    return [
+        Figure("clip_stats", "", "Length of clips, tokens", caption, ranges(rows, style, "clipset", "tokens")),
+        Figure(
+            "clip_stats", "", "Share of the completion that a clip takes", _whole(rows),
+            ranges(rows, style, "clipset", "fraction", "%"),
+        ),
+    ]  # fmt: skip
+
+
 CHARTS: dict[str, Callable[[Answers, Style], list[Figure]]] = {
     draw.__name__: draw
     for draw in (
         degenerate_by_step, wasted_tokens, reward_by_step, entropy_by_step, length_by_outcome, problem_visits,
-        entropy_by_position, entropy_profile, peak_positions,
+        entropy_by_position, entropy_profile, peak_positions, clip_stats,
     )
 }  # fmt: skip
 
@@ -231,6 +245,15 @@ def _wrapped(text: str, chars: int = 90) -> list[str]:
         else:
             rows[-1] += f" {word}" if rows[-1] else word
     return rows
+
+
+def _clips(row: dict[str, Any]) -> str:
+    return f"{row['clipset']} ({row['selector']}) has {count(row['n_clips'], 'clip')}"
+
+
+def _whole(rows: pl.DataFrame) -> str:
+    said = [f"{percent(row['share_whole'])} in {row['clipset']}" for row in rows.to_dicts() if row["share_whole"] is not None]
+    return f"Clips that are the whole completion: {listed(said)}." if said else "Unknown: their segments are not in this store."
 
 
 def _missing(what: str) -> NoReturn:
@@ -272,7 +295,7 @@ def _long(rows: pl.DataFrame, parts: Sequence[tuple[str, str, str | None]]) -> p
 def _by_position(answers: Answers) -> Iterator[tuple[str, pl.DataFrame]]:
     """Of each run: the bins of its right and wrong completions, then those of experts' right ones."""
     experts = answers.experts("entropy_by_position").filter(pl.col("outcome") != "failure")
-    experts = experts.with_columns(line=pl.format("{}, expert", "run"))
+    experts = experts.with_columns(line=pl.format("{} (expert)", "run"))
     experts = experts.filter(pl.col("line").is_in(experts["line"].unique(maintain_order=True).head(3).to_list()))
     for label, rows in answers.each("entropy_by_position"):
         if rows.height:

@@ -143,6 +143,19 @@ def curve(rows: pl.DataFrame, column: str, colour: alt.Color, others: Sequence[s
     return line.properties(height=220)
 
 
+def ranges(rows: pl.DataFrame, style: Style, name: str, column: str, format: str = "~s") -> Any:
+    """A line for each row, from `column`_q05 to `column`_q95, with a point at `column`_q50."""
+    low, middle, high = (f"{column}_q{q}" for q in ("05", "50", "95"))
+    tooltip = [name, *(alt.Tooltip(c, format=".1%" if format == "%" else ",.0f") for c in (low, middle, high))]
+    base = alt.Chart(rows.select(name, low, middle, high)).encode(
+        y=alt.Y(f"{name}:N", axis=alt.Axis(title=None, ticks=False, domain=False), sort=None), tooltip=tooltip
+    )
+    x = alt.X(f"{low}:Q", axis=alt.Axis(format=format, title=None), scale=alt.Scale(zero=True))
+    line = base.mark_rule(strokeWidth=3, color=style.solved, opacity=0.45).encode(x=x, x2=f"{high}:Q")
+    point = base.mark_point(filled=True, opacity=1, size=70, color=style.solved).encode(x=f"{middle}:Q")
+    return (line + point).properties(height=34 * rows.height)
+
+
 def colour(rows: pl.DataFrame, column: str, colours: Mapping[str, str], symbol: str = "stroke") -> alt.Color:
     """A colour for each word of a column, in the order of `colours`; a legend where there are several."""
     found = set(rows[column])

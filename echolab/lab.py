@@ -14,6 +14,7 @@ from echolab.store import Snapshot, Store
 
 if TYPE_CHECKING:
     import polars as pl
+    from altair import TopLevelMixin
 
     from echolab.clips.curate import CurateReport
     from echolab.clips.mine import Mined
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from echolab.ingest import IngestReport, Progress
     from echolab.profile_compare import Comparison
     from echolab.profiles import Profile
+    from echolab.report.build import Report
+    from echolab.report.notebook import ReaderPage
     from echolab.verify import VerifyReport
 
 
@@ -163,6 +166,36 @@ class Lab:
 
         self._require_newest()
         return export(self.store, out, ExportConfig.make(to=to, **options), progress)
+
+    def report(self, out: str | Path, **options: Any) -> Report:
+        """The whole store as one HTML file. Options are those of `echolab.report.build.report`, e.g.
+        `runs=["demo"], verifier="math", clipset="hard", static="figures"`."""
+        from echolab.report.build import report
+
+        return report(self.snapshot, out, **options)
+
+    def chart(
+        self,
+        name: str,
+        *,
+        run: str | None = None,
+        verifier: str | None = None,
+        scorer: str | None = None,
+        segmenter: str | None = None,
+    ) -> TopLevelMixin:
+        """One chart of the report, as Altair draws it: `lab.chart("degenerate_by_step")`. A wrong name lists them."""
+        from echolab.chartdata import Answers
+        from echolab.charts import chart
+
+        session = self.session(Options(verifier=verifier, scorer=scorer, segmenter=segmenter))
+        return chart(Answers.of(session, None if run is None else [run]), name)
+
+    def reader(self, group_id: str, **options: Any) -> ReaderPage:
+        """The rollouts of a group side by side, tokens coloured by entropy, in the cell of a notebook. The first characters
+        of the id are enough; options are `clipset`, `verifier`, `scorer` and `segmenter`."""
+        from echolab.report.notebook import reader_page
+
+        return reader_page(self.snapshot, group_id, **options)
 
     def _require_newest(self) -> None:
         if self._fixed is not None:

@@ -44,6 +44,7 @@ from pipelines.options import (
     view_options,
 )
 from pipelines.profile_command import profile
+from pipelines.report_command import report
 from pipelines.score_command import score_app
 from pipelines.store_commands import store_app
 from pipelines.train_command import evaluate, train
@@ -59,6 +60,7 @@ app = typer.Typer(
 )
 app.add_typer(store_app, name="store")
 app.add_typer(score_app, name="score")
+app.command()(report)
 app.command()(generate)
 app.command()(verify)
 app.command()(mine)

@@ -119,7 +119,7 @@ def _body(
     found: Sample,
 ) -> tuple[str, dict[str, str]]:
     """The body of the page, and its data by id."""
-    charted, places = sections.charted(drawn, absent if answers.runs else {})
+    charted, places = sections.charted(drawn, absent if answers.runs else {}, {"clips": sections.clip_sets(answers)})
     main = [
         sections.runs(answers) if answers.runs else "",
         charted,

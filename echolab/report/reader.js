@@ -6,7 +6,7 @@
 //   find({words, run, kind, outcome}), a promise of {groups, total}: entries as report/sample.py writes them,
 //   load(id), a promise of a group as report/rollouts.py writes it, or of null,
 //   absent(id), what to say of a group that it does not hold,
-//   runs, kinds ([kind, word]), and scale {entropy, surprise, fork} in nats.
+//   runs, kinds ([kind, word]), and scale {entropy, surprise, fork, segment} in nats.
 // What models wrote goes through textContent only; signs for what cannot be seen are CSS, and no part of the text.
 "use strict";
 (() => {
@@ -241,7 +241,7 @@
     draw() {
       const { canvas, clip, rollout: { segment_entropies: entropies, segment_ends: ends, peak } } = this;
       if (!canvas?.clientWidth) return;
-      const ratio = window.devicePixelRatio || 1, top = this.reader.source.scale.entropy || 1, context = canvas.getContext("2d");
+      const ratio = window.devicePixelRatio || 1, top = this.reader.source.scale.segment || 1, context = canvas.getContext("2d");
       const { color, borderTopColor, borderBottomColor } = getComputedStyle(canvas); // of a bar, of the peak, of the clip
       const width = (canvas.width = canvas.clientWidth * ratio), height = (canvas.height = canvas.clientHeight * ratio);
       const each = width / entropies.length, base = height - 3 * ratio;

@@ -44,6 +44,7 @@ class Sample:
     payloads: dict[str, str] = field(default_factory=dict)
     entropies: list[np.ndarray] = field(default_factory=list)
     surprises: list[np.ndarray] = field(default_factory=list)
+    segments: list[float] = field(default_factory=list)
 
     def add(self, payload: dict[str, Any], why: str = "", written: str | None = None) -> None:
         self.entries.append({**entry(payload), "why": why})
@@ -51,18 +52,18 @@ class Sample:
         for rollout in payload["rollouts"]:
             self.entropies.append(unpack(rollout.get("entropy", "")))
             self.surprises.append(unpack(rollout.get("surprise", "")))
+            self.segments += [e for e in rollout.get("segment_entropies", ()) if e is not None]
 
     def scale(self) -> dict[str, float]:
-        """Where colours end, in nats: the 99th percentile of the tokens here; and where the top fifth begins."""
-        entropies, surprises = (v[np.isfinite(v)] for v in (_joined(self.entropies), _joined(self.surprises)))
-        if not entropies.size:
-            return {"entropy": 0, "surprise": 0, "fork": 0}
-        of = {"entropy": (entropies, 99), "surprise": (surprises, 99), "fork": (entropies, 80)}
-        return {name: round(float(np.percentile(v, q)), 3) if v.size else 0 for name, (v, q) in of.items()}
+        """Where colours and bars end, in nats: the 99th percentile of what is here; where the top fifth begins."""
+        entropies, surprises = _known(self.entropies), _known(self.surprises)
+        of = {"entropy": (entropies, 99), "surprise": (surprises, 99), "fork": (entropies, 80), "segment": (self.segments, 99)}
+        return {name: round(float(np.percentile(v, q)), 3) if len(v) else 0 for name, (v, q) in of.items()}
 
 
-def _joined(arrays: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.array([]), *arrays])
+def _known(arrays: list[np.ndarray]) -> np.ndarray:
+    together = np.concatenate([np.array([]), *arrays])
+    return together[np.isfinite(together)]
 
 
 def sample(session: Session, runs: Sequence[str], clipset: str | None, room: int) -> Sample:

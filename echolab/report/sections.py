@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from echolab.chartdata import Answers
+from echolab.chartdata import Answers, Missing
 from echolab.charts import Figure
 from echolab.report.findings import Finding, experts_table, ledger_table, runs_table
 from echolab.report.html import table, words
@@ -34,7 +34,7 @@ CHARTED = (
         "",
         ("entropy_profile", "entropy_by_position", "peak_positions"),
     ),
-    ("clips", "Clip sets", "", ("clip_sets",)),
+    ("clips", "Clip sets", "", ("clip_stats",)),
 )
 SORTS = (("rate", "success rate"), ("newest", "newest visit"), ("change", "change"), ("problem", "name"))
 
@@ -99,8 +99,32 @@ def _steps(first: int | None, last: int | None) -> str:
     return "–" if first is None else f"{first:,}" if first == last else f"{first:,} – {last:,}"
 
 
-def charted(drawn: Mapping[str, Sequence[Figure]], absent: Mapping[str, str]) -> tuple[str, dict[str, tuple[str, int]]]:
-    """The sections of charts, and which chart (its name and number) stands where. What is absent is said in its place."""
+def clip_sets(answers: Answers) -> str:
+    """The clip sets in numbers; nothing where there are none."""
+    head = [
+        ("clip set", ""), ("selector", ""), ("clips", "n"), ("rollouts", "n"), ("problems", "n"), ("tokens", "n"),
+        ("median share", "n"), ("median position", "n"), ("mean entropy", "n"),
+    ]  # fmt: skip
+    try:
+        rows = answers.clipsets().to_dicts()
+    except Missing:
+        return ""
+    lines = [
+        [
+            row["clipset"], row["selector"], *(f"{row[n]:,}" for n in ("n_clips", "n_rollouts", "n_problems", "n_tokens")),
+            percent(row["fraction_q50"]), percent(row["position_q50"]),
+            "–" if row["mean_entropy"] is None else f"{row['mean_entropy']:.2f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return table(head, lines)
+
+
+def charted(
+    drawn: Mapping[str, Sequence[Figure]], absent: Mapping[str, str], tables: Mapping[str, str]
+) -> tuple[str, dict[str, tuple[str, int]]]:
+    """The sections of charts, and which chart (its name and number) stands where. What is absent is said in its place.
+    `tables` stand before the charts of their section."""
     content, places = [], {}
     for id, heading, about, names in CHARTED:
         shown = [(figure, name, i) for name in names for i, figure in enumerate(drawn.get(name, ()))]
@@ -113,7 +137,7 @@ def charted(drawn: Mapping[str, Sequence[Figure]], absent: Mapping[str, str]) ->
         grid = f'<div class="charts">{"".join(boxes)}</div>' if boxes else ""
         notes = "".join(f'<p class="absent">{words(f"No {what}.")}</p>' for what in gone)
         if grid or notes:
-            content.append(section(id, heading, about if grid else "", grid, notes))
+            content.append(section(id, heading, about if grid else "", tables.get(id, ""), grid, notes))
     return "".join(content), places
 
 
