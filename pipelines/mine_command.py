@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
+from echolab.errors import WrongUsage
 from pipelines.options import (
     JsonOption,
     Progress,
@@ -17,6 +18,7 @@ from pipelines.options import (
     option,
     print_json,
 )
+from pipelines.profile_command import overlaps, say_overlaps
 
 if TYPE_CHECKING:
     from echolab.clips.mine import Mined
@@ -41,6 +43,10 @@ def mine(
     unit: Annotated[str | None, option("Of match: each prefix (default), or the whole rollout.")] = None,
     bins: Annotated[int | None, option("Of match: points of a curve (16).")] = None,
     min_segments: Annotated[int | None, option("Of match: a prefix has at least so many segments (3).")] = None,
+    check: Annotated[
+        list[str] | None,
+        option("Of match with --against: is a problem of the profile in this benchmark?", metavar="FILE[:COLUMN]"),
+    ] = None,
     verifier: VerifierOption = None,
     scorer: ScorerOption = None,
     segmenter: SegmenterOption = None,
@@ -56,12 +62,19 @@ def mine(
         "region": region, "seed": seed, "against": against, "distance": distance, "normalise": normalise, "unit": unit,
         "bins": bins, "min_segments": min_segments,
     }  # fmt: skip
+    if check and against is None:
+        raise WrongUsage("--check looks at the problems of the profile that --against names; curate looks at those of clips")
     with open_lab(store) as lab, Progress("mining", enabled=not json_, unit="rollouts") as show:
         mined = lab.mine(
             name, run=run, split=split, where=where, verifier=verifier, scorer=scorer, segmenter=segmenter, progress=show,
             **{option: value for option, value in options.items() if value is not None},
         )  # fmt: skip
-    print_json(asdict(mined)) if json_ else _print(mined)
+        checks = overlaps(lab, mined.config["selector"]["against"], check) if check else {}
+    if json_:
+        print_json({**asdict(mined), "checks": {file: asdict(o) for file, o in checks.items()}})
+    else:
+        _print(mined)
+    say_overlaps(checks)
 
 
 def _print(mined: Mined) -> None:

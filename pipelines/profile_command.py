@@ -72,14 +72,12 @@ def profile(
             with Progress("profiling", enabled=not json_, unit="rollouts") as show:
                 progress = (lambda n, total: show("", n, total)) if show else None
                 shown = lab.profile(name, where, progress=progress, **_given(**making, **drawing))
-        checks = {file: _overlap(lab, shown.label, file) for file in check or []}
+        checks = overlaps(lab, shown.label, check)
     if json_:
         print_json({**asdict(shown), "checks": {file: asdict(o) for file, o in checks.items()}})
     else:
         _print_profile(shown, made=where is not None)
-    for file, o in checks.items():
-        mark = "warning: " if o.shared else ""
-        say(f"{mark}{len(o.shared):,} of {count(o.problems, 'problem')} of {o.profile} are among the {o.texts:,} of {file}")
+    say_overlaps(checks)
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -100,11 +98,18 @@ def _stored(lab: Lab, name: str) -> Profile:
         raise EcholabError(f"{e}; --where SQL makes one") from None
 
 
-def _overlap(lab: Lab, label: str, file: str) -> Overlap:
+def overlaps(lab: Lab, label: str, files: list[str] | None) -> dict[str, Overlap]:
+    """Of each benchmark file: which problems of a profile are in it."""
     from echolab.clips.benchmarks import load
     from echolab.profiles import overlap
 
-    return overlap(lab.snapshot, label, (t.text for t in load(file).texts if t.is_problem))
+    return {f: overlap(lab.snapshot, label, (t.text for t in load(f).texts if t.is_problem)) for f in files or []}
+
+
+def say_overlaps(checks: dict[str, Overlap]) -> None:
+    for file, o in checks.items():
+        mark = "warning: " if o.shared else ""
+        say(f"{mark}{len(o.shared):,} of {count(o.problems, 'problem')} of {o.profile} are among the {o.texts:,} of {file}")
 
 
 def _print_profile(shown: Profile, made: bool) -> None:

@@ -404,6 +404,17 @@ def test_match_against_a_profile_keeps_its_version_and_knows_it_by_a_bare_name(s
     assert "profile golden@1 has segmenter newline@1, the clips fixed:8@1: what is near may be the segmenter" in other["notes"]
 
 
+def test_a_profile_whose_problems_are_in_a_benchmark_is_warned_of(store, tmp_path, capsys):
+    problem = rows(store, "SELECT prompt, problem_id FROM rollouts WHERE role = 'expert' ORDER BY rollout_id LIMIT 1")[0]
+    file = tmp_path / "bench.jsonl"
+    file.write_text(json.dumps({"problem": problem["prompt"]}) + "\n" + json.dumps({"problem": "another one"}) + "\n")
+    with echolab.open(store) as lab:
+        lab.profile("golden", "role = 'expert'", segmenter="newline", bootstrap=0)
+    report = mine(store, "m", "--selector", "match", "--against", "golden", "--check", file)
+    assert report["checks"][str(file)]["shared"] == [problem["problem_id"]]
+    assert "warning: 1 of" in capsys.readouterr().err
+
+
 def warped(a, b):
     best = {(-1, -1): 0.0}
     for i, x in enumerate(a):
