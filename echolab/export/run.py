@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from echolab.errors import EcholabError
 from echolab.export.base import IDS, Job, Shape
 from echolab.export.config import ExportConfig
 from echolab.export.files import File, unfinished, write_split, write_text
+from echolab.export.pieces import Piece, fetch, plan
 from echolab.export.provenance import NAME, lineage, pinned, provenance, versions
 from echolab.export.select import Selection, facts, select
 from echolab.named import Draft, draft, find, unchanged
@@ -23,7 +25,7 @@ from echolab.sql import Options, Session
 from echolab.store import Snapshot, Store, now
 from echolab.vocab import load_tokenizer, tokenizer_fingerprint
 
-MEMORY, THREADS = "4GB", 4  # what DuckDB may hold while it sorts; the rest goes to its scratch folder
+MEMORY, THREADS = "2GB", 4  # what DuckDB may hold while it sorts; the rest goes to its scratch folder
 
 Progress = Callable[[str, int, int], None]
 
@@ -63,7 +65,7 @@ def export(store: Store, out: str | Path, config: ExportConfig, progress: Progre
             shape: Shape = config.target.shape(config.rows, form)
             _check(snapshot, config, chosen, shape, found)
             job = Job(config.ability or "math")
-            files = list(_write(folder, config, chosen, shape, job, progress))
+            files = list(_write(folder, d.folder / "places.parquet", config, chosen, shape, job, progress))
         settings = config.model_dump(mode="json")
         settings |= {"what": config.rows, "form": form or None, "clipset": label, "verifier": verifier}
         document = provenance(snapshot, settings, chosen, shape, lineage(snapshot, clipset), found)
@@ -133,27 +135,26 @@ def _whose(snapshot: Snapshot, tokenizer: str) -> str:
 
 
 def _write(
-    folder: Path, config: ExportConfig, chosen: Selection, shape: Shape, job: Job, progress: Progress | None
+    folder: Path, places: Path, config: ExportConfig, chosen: Selection, shape: Shape, job: Job, progress: Progress | None
 ) -> Iterator[File]:
     done, total = 0, chosen.counts["out"]
 
-    def rows(split: str) -> Generator[pa.Table, None, None]:
+    def rows(pieces: Iterable[Piece]) -> Generator[pa.Table, None, None]:
         nonlocal done
-        with closing(chosen.batches(shape, split)) as batches:  # before the session is, whatever happens
-            for batch in batches:
-                done += batch.num_rows
-                yield shape.convert(batch, job).select(shape.schema.names).cast(shape.schema)
-                if progress:
-                    progress("", done, total)
+        for piece in pieces:
+            with closing(fetch(chosen, shape, piece, places)) as batches:  # before the session is, whatever happens
+                for batch in batches:
+                    done += batch.num_rows
+                    yield shape.convert(batch, job).select(shape.schema.names).cast(shape.schema)
+                    if progress:
+                        progress("", done, total)
 
-    for split in chosen.splits():
+    for split, pieces in groupby(plan(chosen, places), key=lambda piece: piece.split):
         job.split, job.row = split, 0
-        with closing(rows(split)) as converted:
+        with closing(rows(pieces)) as converted:
             yield from write_split(folder, split, config.target.FILES, shape.schema, converted)
     if done != total:
-        raise EcholabError(
-            f"{done:,} of {total:,} rows were written: the store's files are damaged, see `echolab store validate`"
-        )
+        raise EcholabError(f"{done:,} of {total:,} rows could be read: see `echolab store validate`")
 
 
 def _register(d: Draft, snapshot: Snapshot, settings: Mapping[str, Any], document: Mapping[str, Any]) -> str:

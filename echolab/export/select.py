@@ -3,7 +3,7 @@ changes."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,6 @@ from echolab.export.prompts import BARE
 from echolab.schema import BOOL, CLIPS, FLOAT64, INT64, ROLLOUTS, STRING, TOKEN_IDS
 from echolab.sql import Session
 from echolab.views import text
-
-BATCH_ROWS = 1024  # at 30,000 tokens each this is a few hundred MB
 
 _PAIRS = pa.list_(pa.struct([("key", STRING), ("value", FLOAT64)]))  # `datasets` knows no maps
 _KNOWN = [("source", STRING), ("model", STRING), ("messages", STRING), ("ground_truth", STRING), ("reward", FLOAT64)]
@@ -56,8 +54,8 @@ _ROLLOUTS = "SELECT r.*, {split} AS _split FROM rollouts r{of_clips}"
 
 # The view's row of a prompt, with its text and answer from one of its rollouts: the first by id that has an answer.
 _PROMPT_ROWS = """
-SELECT p.*, r.source, r.prompt, r.messages, r.prompt_format, r.ground_truth, r.tokenizer, r.prompt_ids, r.model, r.sampling,
-  t.n_truths, {split} AS _split
+SELECT p.*, r.rollout_id, r.source, r.prompt, r.messages, r.prompt_format, r.ground_truth, r.tokenizer, r.prompt_ids, r.model,
+  r.sampling, t.n_truths, {split} AS _split
 FROM prompts p
 JOIN (
   SELECT prompt_id, run, split, role, arg_min(rollout_id, {{'none': ground_truth IS NULL, 'id': rollout_id}}) AS rollout_id,
@@ -88,7 +86,7 @@ SELECT * FROM ({chosen}) QUALIFY row_number() OVER (
 
 _BASE = {"clips": _CLIPS, "rollouts": _ROLLOUTS, "prompts": _PROMPT_ROWS}
 _KEY = {"clips": ("c", "clip_id"), "rollouts": ("r", "rollout_id"), "prompts": ("p", "prompt_id")}
-_ORDER = {
+ORDER = {
     "clips": "clip_id",
     "rollouts": "run, step NULLS LAST, group_id, sample NULLS LAST, part NULLS LAST, rollout_id",
     "prompts": "prompt_id",
@@ -97,10 +95,12 @@ _ORDER = {
 
 @dataclass(frozen=True)
 class Selection:
-    """Chosen rows: `sql` is a SELECT of all their columns, `counts` says how many were left out by which rule."""
+    """Chosen rows: `sql` is a SELECT of all their columns, `base` the one that they were chosen from, and `counts` says how
+    many were left out by which rule."""
 
     session: Session
     what: str
+    base: str
     sql: str
     counts: dict[str, Any]
 
@@ -111,24 +111,9 @@ class Selection:
         columns = ", ".join(f"count(*) FILTER (NOT ({good}))" for good in needs.values())
         return dict(zip(needs, self.session.sql(f"SELECT {columns} FROM ({self.sql})").row(0), strict=True))
 
-    def splits(self) -> dict[str, int]:
-        """Rows of each split."""
-        return dict(self.session.sql(f"SELECT _split, count(*) FROM ({self.sql}) GROUP BY 1 ORDER BY 1").rows())
-
-    def query(self, shape: Shape, split: str | None = None) -> str:
-        """The SELECT of what a shape is made from, in order; of one split."""
-        columns = ", ".join(_column(c, self.what) for c in shape.reads)
-        of_split = f" WHERE _split = {text(split)}" if split is not None else ""
-        return f"SELECT {columns} FROM ({self.sql}){of_split} ORDER BY {_ORDER[self.what]}"
-
-    def batches(self, shape: Shape, split: str) -> Generator[pa.Table, None, None]:
-        """The rows of one split, in pieces of equal size."""
-        for batch in self.session.batches(self.query(shape, split), BATCH_ROWS):
-            yield pa.Table.from_batches([batch])
-
-
-def _column(name: str, what: str) -> str:
-    return f"map_entries({name}) AS {name}" if what == "rollouts" and name == "rewards" else name
+    def query(self, shape: Shape) -> str:
+        """What is exported, as one SELECT."""
+        return f"SELECT {', '.join(shape.reads)} FROM ({self.sql}) ORDER BY _split, {ORDER[self.what]}"
 
 
 def select(
@@ -154,12 +139,12 @@ def select(
     gone = _count(session, f"SELECT * FROM {keys} ANTI JOIN ({sql}) USING ({key})") if keys else 0
     dropped = {"gone": gone} if gone else {}  # of rollouts that the store no longer shows
     n = _count(session, sql)
-    first = n + gone
+    base, first = sql, n + gone
     for rule, template in rules:
         sql = template.format(chosen=sql)
         left = _count(session, sql)
         dropped[rule], n = n - left, left
-    return Selection(session, what, sql, {"stage": "export", "in": first, "dropped": dropped, "out": n})
+    return Selection(session, what, base, sql, {"stage": "export", "in": first, "dropped": dropped, "out": n})
 
 
 def _count(session: Session, sql: str) -> int:

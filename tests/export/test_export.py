@@ -17,7 +17,7 @@ import pytest
 from generators.clipsets import add_clipset, clip, lines, rollout
 
 from echolab.errors import EcholabError, WrongUsage
-from echolab.export import files, select
+from echolab.export import files, pieces
 from echolab.export.config import TARGETS, ExportConfig
 from echolab.export.files import SUFFIX
 from echolab.export.run import export
@@ -51,7 +51,7 @@ def test_the_same_input_gives_the_same_files_and_the_same_provenance_but_for_its
 
 
 def test_files_of_a_store_may_be_rewritten_without_changing_an_export(exported, make_store, add_reading, monkeypatch):
-    monkeypatch.setattr(select, "BATCH_ROWS", 2)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 3000)
     monkeypatch.setattr(files, "SHARD_BYTES", 1200)
     store = make_store()
     rows = [rollout(g, s, advantage=None if s else 0.5) for g in range(6) for s in range(2)]
@@ -65,7 +65,8 @@ def test_files_of_a_store_may_be_rewritten_without_changing_an_export(exported, 
 
 def test_pieces_and_shards_change_no_row(once, exported, monkeypatch):
     _, whole = once("hf", what="rollouts", clipset=None)
-    monkeypatch.setattr(select, "BATCH_ROWS", 4)
+    monkeypatch.setattr(pieces, "BATCH_ROWS", 4)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 7000)
     monkeypatch.setattr(files, "SHARD_BYTES", 1500)
     report, cut = exported("hf", what="rollouts", clipset=None, name="cut")
     names = [f["path"] for f in report.files if f["rows"]]
@@ -74,6 +75,22 @@ def test_pieces_and_shards_change_no_row(once, exported, monkeypatch):
     assert rows == pq.read_table(whole / "data/train-00000-of-00001.parquet").to_pylist()
     card = (cut / "README.md").read_text()
     assert "num_examples: 18" in card and f"| train | 18 | {len(names)} |" in card
+
+
+@pytest.mark.parametrize("what", ["clips", "rollouts", "prompts"])
+def test_every_row_is_found_whatever_its_run_and_step_however_small_the_pieces(exported, fill, monkeypatch, what):
+    rows = [
+        rollout(g, s, run=run, step=step)
+        for g, (run, step) in enumerate([("a", 2), ("b", None), ("b", 1), ("a", None)])
+        for s in (0, 1)
+    ]
+    store = fill(rows, [clip(r) for r in rows])
+    _, whole = exported("jsonl", store, "whole", what=what)
+    for size in (1, 2500):
+        monkeypatch.setattr(pieces, "PIECE_BYTES", size)
+        _, cut = exported("jsonl", store, f"cut {size}", what=what)
+        assert contents(cut) == contents(whole)
+    assert len(lines(whole / "train.jsonl")) == (4 if what == "prompts" else 8)
 
 
 def test_splits_are_those_of_the_curation_also_for_prompts_and_rollouts(once):
@@ -348,12 +365,12 @@ def test_a_full_disk_is_said_and_leaves_nothing(exported, tmp_path, monkeypatch)
 
 KILLED = """
 import sys, time
-from echolab.export import select
+from echolab.export import pieces
 from echolab.export.config import ExportConfig
 from echolab.export.run import export
 from echolab.store import Store
 
-select.BATCH_ROWS = 2
+pieces.BATCH_ROWS = 2
 def show(_, done, total):
     print(done, flush=True)
     time.sleep(30 if done > 4 else 0)
