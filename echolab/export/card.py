@@ -100,7 +100,7 @@ def _origin(provenance: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator
         facts_of = ", ".join(
             f"{k} {_code(scorer[k])}" for k in ("weights", "dtype", "temperature") if scorer.get(k) is not None
         )
-        yield f"- scorer: {_code(scorer.get('model') or scorer.get('run') or scorer['id'])} ({facts_of})"
+        yield f"- scorer: {_code(scorer['name'])} ({facts_of})"
     systems = facts["systems"]
     yield f"- system prompt: {'none' if not systems else _code(systems[0]) if len(systems) == 1 else 'several'}\n"
 

@@ -38,7 +38,7 @@ def provenance(
         "query": chosen.query(shape),
         "clipsets": [{"name": c.label, "config": c.config, "facts": c.parents.get("facts", {})} for c in clipsets],
         "selector": next((s for c in clipsets if (s := c.config.get("selector"))), None),
-        "scorer": [{"id": id, **scorers[id]["config"]} for id in facts["scorers"] if id in scorers],
+        "scorer": [{"id": id, "name": _label(e), **e["config"]} for id in facts["scorers"] if (e := scorers.get(id))],
         "seeds": sorted(set(_seeds([c.config for c in clipsets]))),
         "counts": [*(n for c in clipsets for n in _counts(c)), chosen.counts],
         "decontamination": [d for c in clipsets for d in c.parents.get("facts", {}).get("decontamination", [])],
@@ -69,6 +69,10 @@ def lineage(snapshot: Snapshot, clipset: Named | None) -> list[Named]:
         return []
     before = [n for label in clipset.parents.get("clipsets", ()) for n in lineage(snapshot, find(snapshot, "clipset", label))]
     return [*before, clipset]
+
+
+def _label(entry: Mapping[str, Any]) -> str:
+    return f"{entry['name']}@{entry['version']}"
 
 
 def _counts(clipset: Named) -> list[dict[str, Any]]:

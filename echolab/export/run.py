@@ -47,7 +47,8 @@ class ExportReport:
 
 def export(store: Store, out: str | Path, config: ExportConfig, progress: Progress | None = None) -> ExportReport:
     """Write an export to the new folder `out`, and register it: the store versions that it was made from are kept."""
-    out = Path(out).expanduser().absolute()
+    given = Path(out).expanduser()
+    out = given.absolute()
     name = re.sub(r"[^A-Za-z0-9._-]", "-", out.name).lstrip("-._")[:100] or config.to
     with draft(store, "export", name) as d, unfinished(out) as folder:
         snapshot = store.snapshot()
@@ -80,7 +81,7 @@ def export(store: Store, out: str | Path, config: ExportConfig, progress: Progre
             splits[f.split] = splits.get(f.split, 0) + (f.rows or 0)
     notes = [*_notes(config, shape, form, found), *(f"{n:,} {what}" for what, n in sorted(job.notes.items()))]
     return ExportReport(
-        made, str(out), config.to, config.rows, form or None, splits, document["files"], document["counts"], notes
+        made, str(given), config.to, config.rows, form or None, splits, document["files"], document["counts"], notes
     )
 
 
@@ -99,11 +100,12 @@ def _form(config: ExportConfig, found: Mapping[str, Any]) -> str:
     forms = config.target.FORMS
     if config.form is not None or not forms:
         return config.form or ""
-    if {"text", "chat"} <= set(forms) and 0 < found["chats"] < found["n"]:
+    chats = found["chats"] + found["bare"]
+    if {"text", "chat"} <= set(forms) and 0 < chats < found["n"]:
         raise EcholabError(
-            f"{found['chats']:,} of {found['n']:,} prompts are chats, the others text: choose some by --where, or --form chat"
+            f"{chats:,} of {found['n']:,} prompts are chats, the others text: choose some by --where, or say --form chat"
         )
-    return "chat" if found["chats"] and "chat" in forms else forms[0]
+    return "chat" if chats and "chat" in forms else forms[0]
 
 
 def _check(snapshot: Snapshot, config: ExportConfig, chosen: Selection, shape: Shape, found: Mapping[str, Any]) -> None:

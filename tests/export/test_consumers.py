@@ -171,7 +171,9 @@ def test_verl_takes_the_prompts_of_a_verl_dump(tmp_path, exported):
     prompts = sorted((r["prompt"] for r in found), key=len)
     assert prompts == [[{"role": "user", "content": "What is 2 + 2?"}], [{"role": "system", "content": "Think."}, user]]
     assert report.notes == ["2 of 2 rendered prompts were taken apart into messages, which your trainer renders anew"]
-    text, _ = exported("trl-sft", lab.store, name="sft", clipset=None)
+    chat, _ = exported("trl-grpo", lab.store, name="grpo", clipset=None)
+    assert chat.form == "chat"
+    text, _ = exported("trl-sft", lab.store, name="sft", clipset=None, form="text")
     assert "4 of 4 prompts are chats whose special tokens were lost: --form chat takes them apart" in text.notes
 
 

@@ -335,7 +335,9 @@ def test_prompts_of_which_only_some_are_chats_need_a_word(exported, make_store):
     messages = '[{"role": "user", "content": "Well?"}]'
     rows = [rollout(0, 0), rollout(1, 0, messages=messages, prompt_format="chat", prompt=None)]
     store = make_store(rows)
-    with pytest.raises(EcholabError, match="1 of 2 prompts are chats, the others text: choose some by --where, or --form chat"):
+    with pytest.raises(
+        EcholabError, match="1 of 2 prompts are chats, the others text: choose some by --where, or say --form chat"
+    ):
         exported("openrlhf", store, clipset=None)
     report, _ = exported("openrlhf", store, clipset=None, form="chat")
     assert report.splits == {"train": 2}
