@@ -19,12 +19,12 @@ from echolab.clips.decontaminate import LONG_NGRAM, NGRAM, Contamination
 from echolab.clips.facts import Facts, Progress, batches, from_rollouts, read
 from echolab.clips.rules import VERSION, Dropped, Rules, apply, hits_of, validation, weights
 from echolab.errors import EcholabError, WrongUsage
-from echolab.files import ROW_GROUP_BYTES
 from echolab.named import Draft, Named, draft, find, unchanged
 from echolab.schema import CLIPS
 from echolab.store import Snapshot, Staged, Store
 
 DERIVED = ("clips", "clipsets", "cohorts", "exports")  # tables that no rule looks at
+STAGED_BYTES = 64 << 20  # of clips, then they are written
 HITS_KEPT = 200  # of each benchmark, in the registry; all are in the listing
 
 
@@ -200,7 +200,7 @@ def _written(
                 )
         start += rows.num_rows
         held.append(rows.filter(pa.array(stays)))
-        if sum(t.nbytes for t in held) > ROW_GROUP_BYTES:
+        if sum(t.nbytes for t in held) > STAGED_BYTES:
             yield from made.store.stage("clips", pa.concat_tables(held), made.folder)
             held = []
     if any(t.num_rows for t in held):

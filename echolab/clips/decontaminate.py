@@ -5,11 +5,11 @@ Three comparisons, each listed with what it found:
 - prompts with problems by word n-grams (`--ngram`, 8 unless told), words as in `ngrams.words`;
 - long texts by n-grams of at least 13 words, since all mathematics shares shorter phrases: clips with problems, clips and
   prompts with solutions and answers;
-- prompts with problems by their whole text (`ngrams.exact`), for problems that are too short to have an n-gram: what the
-  user said, each of its lines, and the problem's id (the template that `ingest --strip-template` cuts is cut there).
+- prompts with problems by their whole text (`ngrams.exact`), where a problem is too short to have an n-gram: what the user
+  said, and each of its lines; and by the id of the problem (the template that `ingest --strip-template` cuts is cut there).
 
 What a template brings is no hit. Of chat prompts, rendered or not, only what the user said is compared. Of each benchmark
-file those n-grams are common that at least 4 of its texts share, and more than a fifth of them, or more than 10 of up to
+file those n-grams are common that at least 4 of its texts share, and more than a tenth of them, or more than 10 of up to
 1,000, or more than 1 in 100. Words that stand in a common n-gram are left out: n-grams are made of what is before and after,
 and whole texts are compared with and without these words, in problems and prompts alike. N-grams without a letter, such as
 1 2 3 4 5 6 7 8, count for nothing either. How many n-grams were left out is reported.
@@ -25,7 +25,7 @@ import numpy as np
 
 from echolab import ids
 from echolab.clips.benchmarks import Benchmark, Text
-from echolab.clips.ngrams import common, exact, hashes, ngrams, remaining, words
+from echolab.clips.ngrams import Said, common, exact, remaining
 
 NGRAM, LONG_NGRAM = 8, 13
 FEWEST = 3  # words without the common ones that are compared as a whole text
@@ -47,48 +47,12 @@ class Contamination:
         self._indexes = [_Index(number, benchmark, n) for number, benchmark in enumerate(benchmarks)]
         self.left_out = [index.problems.left_out + index.long.left_out for index in self._indexes]
 
-    def of_prompts(self, prompts: Sequence[str], problem_ids: Sequence[str | None]) -> list[list[Hit]]:
-        said = _Said([ids.problem_text(p) or "" for p in prompts])
-        return [sum(hits, []) for hits in zip(*(i.of_prompts(said, problem_ids) for i in self._indexes), strict=True)]
+    def of_prompts(self, asked: Said, problem_ids: Sequence[str | None]) -> list[list[Hit]]:
+        """Of what users asked, and the ids of the problems behind it."""
+        return [sum(hits, []) for hits in zip(*(i.of_prompts(asked, problem_ids) for i in self._indexes), strict=True)]
 
-    def of_clips(self, clips: Sequence[str]) -> list[list[Hit]]:
-        said = _Said(clips)
+    def of_clips(self, said: Said) -> list[list[Hit]]:
         return [sum(hits, []) for hits in zip(*(i.of_clips(said) for i in self._indexes), strict=True)]
-
-
-class _Said:
-    """Texts, and what is made of them once for all benchmarks."""
-
-    def __init__(self, texts: Sequence[str]):
-        self.texts, self.words = texts, [words(t) for t in texts]
-        self.values, self.counts = hashes(self.words)
-        self.starts = np.cumsum(self.counts) - self.counts  # of each text its first word, among those of all
-        self._grams: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-
-    def grams(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All n-grams, the text of each, and its place in that."""
-        if n not in self._grams:
-            grams, sizes = ngrams(self.values, self.counts, n)
-            place = np.arange(len(grams)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-            self._grams[n] = grams, np.repeat(np.arange(len(sizes)), sizes), place
-        return self._grams[n]
-
-    def covered(self, n: int, those: np.ndarray) -> np.ndarray:
-        """Which words of all texts stand in one of these n-grams, whose hashes are sorted."""
-        grams, text, place = self.grams(n)
-        start = (self.starts[text] + place)[_among(grams, those)]
-        size = len(self.values) + 1
-        open_ = np.bincount(start, minlength=size) - np.bincount(start + n, minlength=size)
-        return np.cumsum(open_)[:-1] > 0
-
-    def keys(self, text: int, covered: np.ndarray) -> list[str]:
-        """The whole text, and what is left of it without its common words, as they are compared."""
-        mine = covered[self.starts[text] : self.starts[text] + self.counts[text]]
-        left = len(mine) - np.count_nonzero(mine)
-        whole = [self.texts[text]]
-        if FEWEST <= left < len(mine):
-            whole.append(remaining(self.texts[text], mine.tolist()))
-        return [exact(t) for t in whole]
 
 
 class _Index:
@@ -98,23 +62,29 @@ class _Index:
         self.number = number
         problems = [t for t in benchmark.texts if t.is_problem]
         self.problems, self.long = _Ngrams(problems, n), _Ngrams(benchmark.texts, max(n, LONG_NGRAM))
-        self.whole: dict[str, list[Text]] = {}
-        said = self.problems.said
-        covered = said.covered(n, self.problems.common)
+        self.ids: dict[str | None, list[Text]] = {}
+        self.whole: dict[str, list[Text]] = {}  # of problems that no n-gram can find
+        found = set(self.problems.text.tolist())
+        covered = self.problems.covers(self.problems.said)
         for i, text in enumerate(problems):
-            for key in {*said.keys(i, covered), ids.problem_id(text.text)} - {""}:
-                self.whole.setdefault(key, []).append(text)
+            self.ids.setdefault(ids.problem_id(text.text), []).append(text)
+            if i not in found:
+                for key in {*_whole(self.problems.said, i, covered)} - {""}:
+                    self.whole.setdefault(key, []).append(text)
 
-    def of_prompts(self, said: _Said, problem_ids: Sequence[str | None]) -> list[list[Hit]]:
-        covered = said.covered(self.problems.n, self.problems.common)
+    def of_prompts(self, asked: Said, problem_ids: Sequence[str | None]) -> list[list[Hit]]:
+        by_words = zip(self.problems.find(asked), self.long.find(asked), strict=True)
+        covered = self.problems.covers(asked)
         found = []
-        for i, hits in enumerate(zip(self.problems.find(said), self.long.find(said), strict=True)):
-            keys = [*said.keys(i, covered), *map(exact, said.texts[i].splitlines()), problem_ids[i] or ""]
-            whole = ((t, " ".join(t.text.split()), "exact") for key in keys for t in self.whole.get(key, ()))
-            found.append(self._hits([*hits[0], *hits[1], *whole]))
+        for i, (short, long) in enumerate(by_words):
+            same = self.ids.get(problem_ids[i], [])
+            if self.whole:
+                keys = dict.fromkeys([*_whole(asked, i, covered), *map(exact, asked.texts[i].splitlines())])
+                same = [*same, *(text for key in keys for text in self.whole.get(key, ()))]
+            found.append(self._hits([*short, *long, *((text, " ".join(text.text.split()), "exact") for text in same)]))
         return found
 
-    def of_clips(self, said: _Said) -> list[list[Hit]]:
+    def of_clips(self, said: Said) -> list[list[Hit]]:
         return [self._hits(found) for found in self.long.find(said)]
 
     def _hits(self, found: Sequence[tuple[Text, str, str]]) -> list[Hit]:
@@ -123,34 +93,48 @@ class _Index:
         return [Hit(self.number, text, *what) for text, what in reversed(once.items())]
 
 
+def _whole(said: Said, text: int, covered: np.ndarray) -> list[str]:
+    """A whole text, and what is left of it without its common words, as they are compared."""
+    mine = covered[said.starts[text] : said.starts[text] + said.counts[text]]
+    found = [said.texts[text]]
+    if FEWEST <= len(mine) - np.count_nonzero(mine) < len(mine):
+        found.append(remaining(said.texts[text], mine.tolist()))
+    return [exact(t) for t in found]
+
+
 class _Ngrams:
     """The n-grams of texts that are evidence, each once a text, sorted by hash."""
 
     def __init__(self, texts: Sequence[Text], n: int):
-        self.n, self.texts, self.said = n, texts, _Said([t.text for t in texts])
+        self.n, self.texts, self.said = n, texts, Said([t.text for t in texts])
         grams, text, place = self.said.grams(n)
         order = np.lexsort((place, text, grams))
-        first = np.ones(len(order), bool)
-        first[1:] = (grams[order][1:] != grams[order][:-1]) | (text[order][1:] != text[order][:-1])
-        order = order[first]
-        different, shared_by = np.unique(grams[order], return_counts=True)
-        self.common = different[common(shared_by, len(texts))]
+        grams, text, place = grams[order], text[order], place[order]
+        different, shared_by = np.unique(grams[_first(grams, text)], return_counts=True)
+        self.common = _Among(different[common(shared_by, len(texts))])
         start = self.said.starts[text] + place
         letters = _before(np.array([not w.isnumeric() for said in self.said.words for w in said], bool))
-        covered = _before(self.said.covered(n, self.common))
-        evidence = (letters[start + n] > letters[start]) & (covered[start + n] == covered[start])
-        order = order[evidence[order]]
-        self.grams, self.text, self.place = grams[order], text[order], place[order]
-        self.left_out = len(different) - len(np.unique(self.grams))
+        covered = _before(self.covers(self.said))
+        evidence = np.flatnonzero((letters[start + n] > letters[start]) & (covered[start + n] == covered[start]))
+        evidence = evidence[_first(grams[evidence], text[evidence])]
+        self.grams, self.text, self.place = _Among(grams[evidence]), text[evidence], place[evidence]
+        self.left_out = len(different) - len(np.unique(grams[evidence]))
 
-    def find(self, said: _Said) -> list[list[tuple[Text, str, str]]]:
+    def covers(self, said: Said) -> np.ndarray:
+        """Which words of all these texts stand in an n-gram that is common here."""
+        grams, text, place = said.grams(self.n)
+        start = (said.starts[text] + place)[self.common.find(grams)]
+        size = len(said.values) + 1
+        return np.cumsum(np.bincount(start, minlength=size) - np.bincount(start + self.n, minlength=size))[:-1] > 0
+
+    def find(self, said: Said) -> list[list[tuple[Text, str, str]]]:
         """For each text said, those that share an n-gram with it."""
         found: list[list[tuple[Text, str, str]]] = [[] for _ in said.texts]
         grams, rows, places = said.grams(self.n)
-        first, last = (np.searchsorted(self.grams, grams, side) for side in ("left", "right"))
-        known = np.flatnonzero(first < last)
+        known = self.grams.find(grams)
+        first, last = (np.searchsorted(self.grams.values, grams[known], side) for side in ("left", "right"))
         seen: set[tuple[int, int]] = set()
-        for row, place, a, b in zip(rows[known], places[known], first[known], last[known], strict=True):
+        for row, place, a, b in zip(rows[known], places[known], first, last, strict=True):
             for text, at in zip(self.text[a:b].tolist(), self.place[a:b].tolist(), strict=True):
                 shared = said.words[row][place : place + self.n]
                 if (row, text) not in seen and self.said.words[text][at : at + self.n] == shared:  # and not only its hash
@@ -159,11 +143,28 @@ class _Ngrams:
         return found
 
 
-def _among(values: np.ndarray, those: np.ndarray) -> np.ndarray:
-    """Which of the values are among those, which are sorted."""
-    if not len(those):
-        return np.zeros(len(values), bool)
-    return those[np.minimum(np.searchsorted(those, values), len(those) - 1)] == values
+class _Among:
+    """Sorted hashes, and a table of their first bits by which nearly all others are told apart at once."""
+
+    def __init__(self, values: np.ndarray):
+        self.values = values
+        bits = min(26, 4 + max(6, len(values).bit_length()))
+        self._shift = np.uint64(64 - bits)
+        self._table = np.zeros(1 << bits, bool)
+        self._table[values >> self._shift] = True
+
+    def find(self, hashes: np.ndarray) -> np.ndarray:
+        """Where those stand that are among them."""
+        likely = np.flatnonzero(self._table[hashes >> self._shift])
+        place = np.minimum(np.searchsorted(self.values, hashes[likely]), len(self.values) - 1)
+        return likely[self.values[place] == hashes[likely]] if len(self.values) else likely
+
+
+def _first(grams: np.ndarray, text: np.ndarray) -> np.ndarray:
+    """Where, in this order, an n-gram stands in a text for the first time."""
+    first = np.ones(len(grams), bool)
+    first[1:] = (grams[1:] != grams[:-1]) | (text[1:] != text[:-1])
+    return first
 
 
 def _before(marks: np.ndarray) -> np.ndarray:

@@ -6,12 +6,12 @@ MinHash bands name the pairs that are worth a look, the exact sets decide. Of a 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from echolab.clips.ngrams import common, distinct, hashes, mix, ngrams
+from echolab.clips.ngrams import Said, common, mix
 
 N = 5
 HASHES = 128
@@ -36,9 +36,8 @@ class Shingles:
         self._path, self._sizes = path, [np.empty(0, np.int64)]
         path.touch()
 
-    def add(self, said: Iterable[list[str]]) -> None:
-        """Texts, given as their words."""
-        grams, sizes = distinct(*ngrams(*hashes(w + [""] * (N - len(w)) if w else w for w in said), N))
+    def add(self, said: Said) -> None:
+        grams, sizes = said.shingles(N)
         with self._path.open("ab") as f:
             grams.tofile(f)
         self._sizes.append(sizes)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from echolab import ids
 from echolab.clips.decontaminate import Contamination, Hit
 from echolab.clips.dedup import Shingles
-from echolab.clips.ngrams import distinct, mix, ngrams, words
+from echolab.clips.ngrams import Said, distinct, mix, ngrams
 from echolab.files import conform
 from echolab.scan import MEMORY
 from echolab.schema import CLIPS
@@ -151,14 +151,16 @@ class _Reading:
 
     def _compare(self, first: int, new: Sequence[int], row: dict[str, list[Any]]) -> None:
         """Prompts that were not there before, and all clips: with the benchmarks, and by n-grams."""
-        prompts, clips = [row["prompt"][i] or "" for i in new], [c or "" for c in row["clip"]]
+        if not (self.contamination or self.grams):
+            return
+        asked = Said([ids.problem_text(row["prompt"][i]) or "" for i in new])
+        said = Said([c or "" for c in row["clip"]])
         if self.contamination:
-            hits = self.contamination.of_prompts(prompts, [row["problem_id"][i] for i in new])
+            hits = self.contamination.of_prompts(asked, [row["problem_id"][i] for i in new])
             self.prompt_hits |= {first + i: h for i, h in enumerate(hits) if h}
-            self.clip_hits |= {self.n + i: h for i, h in enumerate(self.contamination.of_clips(clips)) if h}
-        if self.grams:
-            self.grams[0].add(words(ids.problem_text(p) or "") for p in prompts)
-            self.grams[1].add(map(words, clips))
+            self.clip_hits |= {self.n + i: h for i, h in enumerate(self.contamination.of_clips(said)) if h}
+        for grams, texts in zip(self.grams, (asked, said), strict=False):
+            grams.add(texts)
 
     def facts(self) -> Facts:
         if not self.pieces:  # an empty set has empty arrays

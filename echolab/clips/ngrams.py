@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import chain
 
 import numpy as np
 
 _MARKS = re.compile(r"[^\w\s]|_")
 _EXACT = re.compile(r"[^\w+\-*/^=<>|!%.,]|_|[.,](?!\d)|(?<!\d)[.,]")
+_ASCII_MARKS = {i: None for i in range(128) if _MARKS.match(chr(i))}
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -27,7 +29,8 @@ def fold(text: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    return _MARKS.sub("", fold(text)).split()
+    folded = fold(text)
+    return (folded.translate(_ASCII_MARKS) if folded.isascii() else _MARKS.sub("", folded)).split()
 
 
 def exact(text: str) -> str:
@@ -50,13 +53,6 @@ def remaining(text: str, without: Sequence[bool]) -> str:
 @lru_cache(maxsize=1 << 20)
 def _hash(word: str) -> int:
     return int.from_bytes(blake2b(word.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
-
-
-def hashes(texts: Iterable[list[str]]) -> tuple[np.ndarray, np.ndarray]:
-    """The words of all texts as one array of hashes, and how many each text has."""
-    texts = list(texts)
-    counts = np.fromiter(map(len, texts), np.int64, len(texts))
-    return np.fromiter((_hash(w) for text in texts for w in text), np.uint64, int(counts.sum())), counts
 
 
 def mix(values: np.ndarray) -> np.ndarray:
@@ -92,5 +88,30 @@ def distinct(grams: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 def common(counts: np.ndarray, texts: int) -> np.ndarray:
     """Which n-grams are no evidence, by the number of texts that each stands in: those of a template, or a phrase of the
-    trade. More than a fifth of the texts have it, or more than 10 of up to 1,000, or more than 1 in 100; never fewer than 4."""
-    return counts > max(3, min(10, texts / 5), texts / 100)
+    trade. More than a tenth of the texts have it, or more than 10 of up to 1,000, or more than 1 in 100; never fewer than 4."""
+    return counts > max(3, min(10, texts / 10), texts / 100)
+
+
+class Said:
+    """Texts, their words, and the n-grams of these: made once, whoever asks."""
+
+    def __init__(self, texts: Sequence[str]):
+        self.texts, self.words = texts, [words(t) for t in texts]
+        self.counts = np.fromiter(map(len, self.words), np.int64, len(self.words))
+        self.values = np.fromiter(map(_hash, chain.from_iterable(self.words)), np.uint64, int(self.counts.sum()))
+        self.starts = np.cumsum(self.counts) - self.counts  # of each text its first word, among those of all
+        self._grams: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    def grams(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The n-grams of all texts, the text of each, and its place in that."""
+        if n not in self._grams:
+            grams, sizes = ngrams(self.values, self.counts, n)
+            place = np.arange(len(grams)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+            self._grams[n] = grams, np.repeat(np.arange(len(sizes)), sizes), place
+        return self._grams[n]
+
+    def shingles(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """The different n-grams of each text, sorted, and how many they are. Words that are fewer than n are one n-gram."""
+        lacking = np.where((self.counts > 0) & (self.counts < n), n - self.counts, 0)
+        padded = np.insert(self.values, np.repeat(self.starts + self.counts, lacking), 0)
+        return distinct(*ngrams(padded, self.counts + lacking, n))

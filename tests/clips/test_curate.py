@@ -63,7 +63,10 @@ def random_rows(n: int, seed: int = 0) -> list[dict]:
 # What is kept of it.
 
 
-def test_what_stays_is_as_it_was_and_the_first_set_is_untouched(make_store):
+@pytest.mark.parametrize(("batch", "staged_bytes"), [(512, 1 << 26), (7, 1)])
+def test_what_stays_is_as_it_was_and_the_first_set_is_untouched(batch, staged_bytes, make_store, monkeypatch):
+    monkeypatch.setattr("echolab.clips.facts.BATCH", batch)
+    monkeypatch.setattr("echolab.clips.curate.STAGED_BYTES", staged_bytes)
     store = make_store()
     mined(store, random_rows(60), files=3)
     before = rows_of(store, "mined@1")
@@ -247,7 +250,7 @@ def sampled(problems: dict[str, tuple[int, int]]) -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize("temperature", [1, 1.5, 3, 1000])
+@pytest.mark.parametrize("temperature", [1, 1.2, 1.5, 2, 3, 1000])
 def test_difficulty_evens_out_the_bins_of_success_rates(temperature, make_store):
     problems = {"A": (10, 10), "B": (9, 10), "C": (5, 10), "D": (3, 10), "E": (39, 100), "F": (0, 10)}
     sizes = {"A": 40, "B": 20, "C": 13, "D": 7, "E": 2, "F": 5, "unknown": 3}
@@ -273,7 +276,7 @@ def test_difficulty_evens_out_the_bins_of_success_rates(temperature, make_store)
 def test_success_rates_are_those_of_the_rollouts_that_the_clips_were_mined_from(make_store, add_reading):
     store = make_store(sampled({"A": (10, 10), "B": (0, 10)}))
     mined(store, [{"prompt": p, "clip": str(i)} for p in "AB" for i in range(3 if p == "A" else 1)])
-    add_reading(store, [{**r, "rollout_id": f"later {i}"} for i, r in enumerate(sampled({"A": (0, 90), "B": (90, 90)}))])
+    add_reading(store, [{**r, "rollout_id": f"later {i}"} for i, r in enumerate(sampled({"A": (0, 10), "B": (10, 10)}))])
     report, left = curate(store, difficulty_temperature=1000)
     assert sorted(r["prompt"] for r in left.values()) == ["A", "B"]
     assert find(store.snapshot(), "clipset", "curated").parents["versions"]["rollouts"] < store.snapshot().versions["rollouts"]
