@@ -122,11 +122,12 @@ def _weights(rules: Rules, facts: Facts, keep: np.ndarray, split: np.ndarray | N
 
 
 def _counts(n: int, dropped: Sequence[Dropped]) -> list[dict[str, Any]]:
-    counts = [{"stage": "curate", "in": n, "dropped": {}, "out": n}]
+    """Of each rule what came in, what it dropped, and what it left."""
+    counts = []
     for d in dropped:
-        n = counts[-1]["out"]
         counts.append({"stage": d.rule, "in": n, "dropped": {d.rule: len(d.clips)}, "out": n - len(d.clips)})
-    return counts[1:] or counts
+        n -= len(d.clips)
+    return counts or [{"stage": "curate", "in": n, "dropped": {}, "out": n}]
 
 
 def _splits(keep: np.ndarray, split: np.ndarray) -> dict[str, int]:
@@ -185,21 +186,16 @@ def _written(
     held: list[pa.Table] = []
     start = 0
     for rows in batches(snapshot, parent):
-        stays = keep[start : start + rows.num_rows]
-        for name, values in (
-            ("clipset", pa.array([made.label] * rows.num_rows)),
-            ("weight", None if weight is None else pa.array(weight[start : start + rows.num_rows])),
-            (
-                "split",
-                None if split is None else pa.array(np.where(split[start : start + rows.num_rows], "validation", "train")),
-            ),
-        ):
-            if values is not None:
-                rows = rows.set_column(
-                    rows.column_names.index(name), CLIPS.arrow.field(name), values.cast(CLIPS.column(name).type)
-                )
-        start += rows.num_rows
-        held.append(rows.filter(pa.array(stays)))
+        mine = slice(start, start + rows.num_rows)
+        start = mine.stop
+        new = {"clipset": pa.array([made.label] * rows.num_rows)}
+        if weight is not None:
+            new["weight"] = pa.array(weight[mine])
+        if split is not None:
+            new["split"] = pa.array(np.where(split[mine], "validation", "train").tolist())
+        for name, values in new.items():
+            rows = rows.set_column(rows.column_names.index(name), CLIPS.arrow.field(name), values)
+        held.append(rows.filter(pa.array(keep[mine])))
         if sum(t.nbytes for t in held) > STAGED_BYTES:
             yield from made.store.stage("clips", pa.concat_tables(held), made.folder)
             held = []

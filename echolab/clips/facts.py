@@ -56,7 +56,7 @@ class Facts:
     clip_grams: Shingles | None
     order: np.ndarray = field(init=False)  # the preferred first: newest step, then highest peak entropy, then lowest id
     # What only the rollouts know, where a rule asks.
-    source: np.ndarray = field(init=False)
+    source: np.ndarray = field(init=False)  # codes of the datasets, -1 where unknown
     cut_off: np.ndarray = field(init=False)  # a whole completion that ends where sampling was stopped
     success_rate: np.ndarray = field(init=False)  # of its problem in its run; NaN where unknown
 
@@ -233,21 +233,21 @@ def _repetition(column: pa.ChunkedArray) -> np.ndarray:
 
 def from_rollouts(
     facts: Facts, snapshot: Snapshot, clipset: str, verifier: str | None, *, source: bool, cut_off: bool, success_rate: bool
-) -> list[str]:
-    """Fill in what the rollouts of the clips know. Returns the sources, which `facts.source` numbers (-1: unknown)."""
-    n, codes = len(facts), _Codes()
+) -> None:
+    """Fill in what the rollouts of the clips know."""
+    n, sources = len(facts), _Codes()
     facts.source, facts.cut_off, facts.success_rate = np.full(n, -1), np.zeros(n, bool), np.full(n, np.nan)
     if not (source or cut_off or success_rate):
-        return []
+        return
     by_id = np.argsort(facts.clip_id)
     with Session(snapshot, Options(verifier=verifier), memory_limit=MEMORY) as session:
         for batch in session.batches(_query(clipset, cut_off, success_rate)):
             asked = np.array([i.encode() for i in batch["clip_id"].to_pylist()], np.bytes_)
             place = by_id[np.searchsorted(facts.clip_id, asked, sorter=by_id)]
-            facts.source[place] = [-1 if s is None else codes.setdefault(s, len(codes)) for s in batch["source"].to_pylist()]
+            known = batch["source"].is_valid().to_numpy(zero_copy_only=False)
+            facts.source[place[known]] = sources.of(batch["source"].drop_null().to_pylist())
             facts.cut_off[place] = batch["cut_off"].to_numpy(zero_copy_only=False)
             facts.success_rate[place] = np.array(batch["success_rate"].to_pylist(), np.float64)
-    return list(codes)
 
 
 def _query(clipset: str, cut_off: bool, success_rate: bool) -> str:
