@@ -126,7 +126,7 @@ def _options(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
         if isinstance(value, dict):
             yield from _options(value)
-        elif value not in (None, [], False) and key != "version":
+        elif value not in (None, [], False) and key not in ("version", "against"):  # benchmarks have their own section
             yield key, value
 
 

@@ -64,7 +64,7 @@ def export(store: Store, out: str | Path, config: ExportConfig, progress: Progre
             found = facts(chosen)
             form = _form(config, found)
             shape: Shape = config.target.shape(config.rows, form)
-            _check(snapshot, config, chosen, shape, found)
+            _check(snapshot, config, chosen, shape, form, found)
             job = Job(config.ability or "math")
             files = list(_write(folder, d.folder / "places.parquet", config, chosen, shape, job, progress))
         settings = config.model_dump(mode="json")
@@ -108,15 +108,16 @@ def _form(config: ExportConfig, found: Mapping[str, Any]) -> str:
     return "chat" if chats and "chat" in forms else forms[0]
 
 
-def _check(snapshot: Snapshot, config: ExportConfig, chosen: Selection, shape: Shape, found: Mapping[str, Any]) -> None:
+def _check(
+    snapshot: Snapshot, config: ExportConfig, chosen: Selection, shape: Shape, form: str, found: Mapping[str, Any]
+) -> None:
     """Before anything is written: does every row have what the format needs, by the tokenizer that was asked for?"""
     for reason, n in chosen.lacking(shape.needs).items():
         if n:
-            other = [f for f in config.target.FORMS if f != config.form]
-            forms = f", or try --form {' or '.join(other)}" if len(other) > 1 else ""
+            others = " or ".join(f"--form {f}" for f in config.target.FORMS if f != form)
             raise EcholabError(
-                f"{n:,} of {found['n']:,} {chosen.what} {reason}, {config.to} needs all: choose others by"
-                f' --where "{shape.needs[reason]}"{forms}'
+                f'{n:,} of {found["n"]:,} {chosen.what} {reason}: leave them out by --where "{shape.needs[reason]}"'
+                + (f", or try {others}" if others else "")
             )
     tokenizers = found["tokenizers"]
     if config.tokenizer is not None:

@@ -11,6 +11,7 @@ from generators import models
 from generators.clipsets import TOKENIZER
 from test_cli import echolab, refused
 
+from echolab.export.config import TARGETS
 from echolab.lab import Lab
 
 
@@ -112,9 +113,10 @@ def mined(tmp_path_factory) -> Path:
     return store
 
 
-@pytest.mark.parametrize(
-    "to", ["hf", "trl-sft", "trl-grpo", "verl", "openrlhf", "axolotl", "llamafactory", "jsonl", "parquet", "replay"]
-)
+SOON = ("hf", "trl-sft", "verl", "axolotl", "replay")  # the others have the same way, and are slow together
+
+
+@pytest.mark.parametrize("to", [t if t in SOON else pytest.param(t, marks=pytest.mark.slow) for t in TARGETS])
 def test_from_a_dump_to_every_format(mined, tmp_path, to):
     out = tmp_path / to
     form = ["--form", "tokens"] if to == "axolotl" else []
