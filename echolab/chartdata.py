@@ -23,6 +23,7 @@ STATUSES = {
 
 NO_ROLLOUTS = "rollouts of a policy: `echolab ingest PATH --run NAME` reads dumps of any trainer"
 NO_REWARDS = "rewards: `echolab verify --verifier math` judges answers where the ground truth is known"
+NO_LENGTHS = "lengths: `echolab ingest` counts them where a dump has texts or token ids"
 NO_STEPS = "training steps to compare: `echolab ingest --step N` gives a step to dumps that do not hold it"
 NO_SCORES = "token entropies: `echolab score --model MODEL` computes them"
 NO_EXPERTS = "expert rollouts: `echolab ingest PATH --run NAME --role expert` reads golden solutions"

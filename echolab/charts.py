@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import polars as pl
 
 from echolab.chartdata import (
+    NO_LENGTHS,
     NO_REWARDS,
     NO_SCORES,
     NO_STEPS,
@@ -87,7 +88,8 @@ def wasted_tokens(answers: Answers, style: Style) -> list[Figure]:
         caption += f"; a lower bound{_upstream(rows)}." if _upstream(rows) else "."
         title = f"{unit.capitalize()} by kind of group"
         figures.append(Figure("wasted_tokens", label, title, caption + left_out, stack(long, style, False, unit)))
-    return figures or _missing(NO_REWARDS)
+    rewarded = answers.ask("degenerate_by_step")["n_judged"].sum()
+    return figures or _missing(NO_LENGTHS if rewarded else NO_REWARDS)
 
 
 def reward_by_step(answers: Answers, style: Style) -> list[Figure]:
@@ -142,9 +144,10 @@ def problem_visits(answers: Answers, style: Style, readable: frozenset[str] = fr
         base = alt.Chart(cells).encode(
             x=alt.X("step:O", axis=steps),
             y=alt.Y("problem:N").title(None).sort(field="rate", op="min").axis(labelLimit=250, ticks=False, domain=False),
+            tooltip=["problem", "step", "status", "right"],
         )
         chart = base.mark_rect(cursor="pointer", stroke=style.paper, strokeWidth=1).encode(
-            color=parts_colour(cells, "status", style, [*STATUSES.values()]), tooltip=["problem", "step", "status", "right"]
+            color=parts_colour(cells, "status", style, [*STATUSES.values()])
         )
         if readable:
             dots = base.transform_filter("datum.here")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ def report(
     return Report(str(out), len(written), len(found.entries), found.n_groups, list(drawn), missing, list(choice.notes), images)
 
 
+@cache
 def _vega() -> str:
     """Vega, Vega-Lite and what embeds them: once for all charts."""
     try:
@@ -106,7 +108,13 @@ def draw(answers: Answers, style: Style = PAGE) -> tuple[dict[str, list[Figure]]
 
 
 def _spec(figure: Figure) -> dict[str, Any]:
-    return dress(figure.chart.properties(width=PAGE.width, autosize={"type": "fit-x", "contains": "padding"}), PAGE).to_dict()
+    about = f" · {figure.about}" if figure.about else ""
+    chart = figure.chart.properties(
+        width=PAGE.width,
+        autosize={"type": "fit-x", "contains": "padding"},
+        description=f"{figure.title}{about}. {figure.caption}",  # read aloud in place of the picture
+    )
+    return dress(chart, PAGE).to_dict()
 
 
 def _body(

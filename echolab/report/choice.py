@@ -46,7 +46,7 @@ def choose(snapshot: Snapshot, clipset: str | None, verifier: str | None, scorer
 
 def _of(snapshot: Snapshot, kind: str, found: dict[str, int], preferred: str | None) -> tuple[str | None, list[str]]:
     if len(found) < 2:
-        return next(iter(found), None), []
+        return None, []  # a session shows the only one
     chosen = preferred if preferred in found else max(found, key=lambda id: (found[id], id))
     why = "that of the clip set" if chosen == preferred else "the one with most rollouts"
     entry = snapshot.registry(f"{kind}s").get(chosen)

@@ -164,10 +164,10 @@
       const chunk = this.chunkOf(piece);
       if (!chunk) return;
       this.fill(chunk);
-      const target = chunk.element.querySelector(selector) || chunk.element.firstElementChild || chunk.element;
-      target.scrollIntoView({ block: "center", inline: "nearest" });
-      target.classList.add("shown");
-      setTimeout(() => target.classList.remove("shown"), 1200);
+      const found = [...chunk.element.querySelectorAll(selector)], targets = found.length ? found : [chunk.element.firstElementChild || chunk.element];
+      targets[0].scrollIntoView({ block: "center", inline: "nearest" });
+      for (const target of targets) target.classList.add("shown");
+      setTimeout(() => targets.forEach((target) => target.classList.remove("shown")), 1200);
     }
     goToHit(i) { this.goTo(this.pieceAt(this.hits[i][0]), `[data-hit="${i}"]`); }
   }
@@ -447,7 +447,7 @@
     key(event) {
       if (event.ctrlKey || event.metaKey || event.altKey || this.help.open) return;
       const writing = /^(INPUT|SELECT|TEXTAREA)$/.test(document.activeElement?.tagName);
-      if (writing && event.key === "Escape") { this.words.value = ""; document.activeElement.blur(); this.refresh(); }
+      if (event.key === "Escape" && (writing || this.words.value)) { this.words.value = ""; document.activeElement.blur(); this.refresh(); }
       if (writing || !this.awake) return;
       const { current } = this, does = {
         j: () => this.step(1), k: () => this.step(-1), l: () => this.turn(1), h: () => this.turn(-1),

@@ -143,7 +143,6 @@ def charted(
 
 def _figure(place: str, figure: Figure) -> str:
     run = f" · {figure.about}" if figure.about else ""
-    label = escape(f"{figure.title}{run}. {figure.caption}", quote=True)
     sort = ""
     if figure.name == "problem_visits":
         buttons = "".join(
@@ -154,7 +153,7 @@ def _figure(place: str, figure: Figure) -> str:
         sort = f'<div class="sort">by {buttons}</div>'
     return (
         f"<figure><figcaption><b>{escape(figure.title)}{escape(run)}</b>{words(figure.caption)}</figcaption>{sort}"
-        f'<div class="chart" id="{place}" role="img" aria-label="{label}"></div></figure>'
+        f'<div class="chart" id="{place}"></div></figure>'
     )
 
 
