@@ -6,7 +6,8 @@ Rollouts of one prompt may share it: then it is computed once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -15,7 +16,8 @@ import torch
 
 from echolab.entropy import packed
 
-SHARED_PAYS = 0.9  # of the tokens that separate sequences cost: sharing also costs a mask
+SHARED_PAYS = 0.97  # of the tokens that separate sequences cost: what sharing costs is hardly more than what it computes
+SHARED_PASSES = 8  # behind one computed prompt: their hidden states are held together
 
 
 @dataclass(frozen=True)
@@ -34,16 +36,17 @@ class Layout(StrEnum):
     """How the samples of a batch go through the model."""
 
     PADDED = "padded"  # one row each, right padded
-    SHARED = "shared"  # all with one prompt: it is computed once, then the completions as rows behind it
+    SHARED = "shared"  # all with one prompt: it is computed once, then the completions as rows behind it, some at a time
     PACKED = "packed"  # end to end, each prompt once: see packed.py
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples for one pass."""
+    """Samples that go through the model together: in one pass, or behind a shared prompt in passes of `budget` tokens."""
 
     samples: tuple[Sample, ...]
     layout: Layout = Layout.PADDED
+    budget: int = 1 << 60
 
     @property
     def computed(self) -> int:
@@ -51,16 +54,21 @@ class Batch:
         if self.layout is Layout.PACKED:
             return sum(map(len, {s.prompt for s in self.samples})) + sum(len(s.completion) for s in self.samples)
         if self.layout is Layout.SHARED:
-            return len(self.samples[0].prompt) + len(self.samples) * max(len(s.completion) for s in self.samples)
+            return len(self.samples[0].prompt) + sum(len(p) * max(len(s.completion) for s in p) for p in self.passes)
         return len(self.samples) * max(len(s) for s in self.samples)
 
+    @property
+    def passes(self) -> list[tuple[Sample, ...]]:
+        """The completions that stand behind a shared prompt at a time."""
+        return _fill(self.samples, self.budget, lambda s: len(s.completion))
+
     def halves(self) -> tuple[Batch, Batch]:
-        middle = len(self.samples) // 2
-        return Batch(self.samples[:middle], self.layout), Batch(self.samples[middle:], self.layout)
+        middle, budget = len(self.samples) // 2, min(self.budget, self.computed) // 2
+        return Batch(self.samples[:middle], self.layout, budget), Batch(self.samples[middle:], self.layout, budget)
 
 
 def batches(samples: Sequence[Sample], budget: int, share: bool = True, pack: bool = False) -> list[Batch]:
-    """All samples in batches of at most `budget` computed tokens (a longer one stands alone)."""
+    """All samples in batches. A pass computes at most `budget` tokens, or a single sample; a shared prompt comes before."""
     together: dict[tuple[int, ...], list[Sample]] = {}
     for s in samples:
         together.setdefault(s.prompt, []).append(s)
@@ -69,26 +77,35 @@ def batches(samples: Sequence[Sample], budget: int, share: bool = True, pack: bo
     found: list[Batch] = []
     alone: list[Sample] = []
     for group in together.values():
-        parts = _fill(group, budget, Layout.SHARED) if share and len(group) > 1 else []
+        parts = _behind_prompt(group, budget) if share and len(group) > 1 else []
         if parts and sum(b.computed for b in parts) < SHARED_PAYS * sum(len(s) for s in group):
             found += parts
         else:
             alone += group
-    return found + _fill(alone, budget, Layout.PADDED)
+    return found + [Batch(part) for part in _fill(_longest_first(alone), budget, len)]
 
 
-def _fill(samples: Sequence[Sample], budget: int, layout: Layout) -> list[Batch]:
-    """Longest first: then those of a batch are of like length, and the first one's is that of all rows."""
-    found: list[Batch] = []
+def _longest_first(samples: Sequence[Sample]) -> list[Sample]:
+    """Then those of a pass are of like length, and the first one's is that of all its rows."""
+    return sorted(samples, key=lambda s: (-len(s), s.place))
+
+
+def _fill(samples: Sequence[Sample], budget: int, length: Callable[[Sample], int]) -> list[tuple[Sample, ...]]:
+    """Rows of one pass after the other; the longest come first."""
+    found: list[tuple[Sample, ...]] = []
     held: list[Sample] = []
-    for s in sorted(samples, key=lambda s: (-len(s), s.place)):
-        longest = held[0] if held else s
-        once, each = (len(s.prompt), len(longest.completion)) if layout is Layout.SHARED else (0, len(longest))
-        if held and once + (len(held) + 1) * each > budget:
-            found.append(Batch(tuple(held), layout))
+    for s in samples:
+        if held and (len(held) + 1) * length(held[0]) > budget:
+            found.append(tuple(held))
             held = []
         held.append(s)
-    return [*found, Batch(tuple(held), layout)] if held else found
+    return [*found, tuple(held)] if held else found
+
+
+def _behind_prompt(group: Sequence[Sample], budget: int) -> list[Batch]:
+    passes = _fill(_longest_first(group), budget, lambda s: len(s.completion))
+    parts = (passes[i : i + SHARED_PASSES] for i in range(0, len(passes), SHARED_PASSES))
+    return [Batch(tuple(s for p in part for s in p), Layout.SHARED, budget) for part in parts]
 
 
 def _packed(groups: Sequence[Sequence[Sample]], budget: int) -> list[Batch]:
@@ -125,14 +142,17 @@ def _padded(body: Any, batch: Batch, device: torch.device) -> torch.Tensor:
 
 
 def _shared(body: Any, batch: Batch, device: torch.device) -> torch.Tensor:
-    prompt = batch.samples[0].prompt
+    prompt, found = batch.samples[0].prompt, []
     first = body(input_ids=_pad([prompt], device), use_cache=True)
-    last, cache = first.last_hidden_state[0, -1:], first.past_key_values
-    cache.batch_repeat_interleave(len(batch.samples))
-    ids = _pad([s.completion for s in batch.samples], device)
-    positions = torch.arange(len(prompt), len(prompt) + ids.shape[1], device=device).expand(len(ids), -1)
-    hidden = body(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True).last_hidden_state
-    return torch.cat([t for i, s in enumerate(batch.samples) for t in (last, hidden[i, : len(s.completion) - 1])])
+    last = first.last_hidden_state[0, -1:]
+    for samples in batch.passes:
+        cache = copy.deepcopy(first.past_key_values)  # a pass writes into it
+        cache.batch_repeat_interleave(len(samples))
+        ids = _pad([s.completion for s in samples], device)
+        positions = torch.arange(len(prompt), len(prompt) + ids.shape[1], device=device).expand(len(ids), -1)
+        hidden = body(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True).last_hidden_state
+        found += [t for i, s in enumerate(samples) for t in (last, hidden[i, : len(s.completion) - 1])]
+    return torch.cat(found)
 
 
 def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:

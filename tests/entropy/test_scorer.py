@@ -87,8 +87,16 @@ def test_batches_hold_every_sample_once_and_keep_their_budget(share, budget):
     asked = samples(40, seed=2)
     found = batches(asked, budget, share)
     assert sorted(s.place for b in found for s in b.samples) == list(range(40))
-    assert all(b.computed <= budget or len(b.samples) == 1 for b in found)
-    assert all(len({s.prompt for s in b.samples}) == 1 for b in found if b.layout is Layout.SHARED)
+    for b in found:
+        if b.layout is Layout.PADDED:
+            assert b.computed == len(b.samples) * max(map(len, b.samples))
+            assert b.computed <= budget or len(b.samples) == 1
+            continue
+        assert len({s.prompt for s in b.samples}) == 1
+        assert [s for part in b.passes for s in part] == list(b.samples)
+        sizes = [len(part) * max(len(s.completion) for s in part) for part in b.passes]
+        assert all(size <= budget or len(part) == 1 for size, part in zip(sizes, b.passes, strict=True))
+        assert b.computed == len(b.samples[0].prompt) + sum(sizes)
     assert share or not any(b.layout is Layout.SHARED for b in found)
 
 
@@ -96,7 +104,9 @@ def test_a_shared_prompt_is_computed_once_where_that_saves_tokens():
     prompt, long = tuple(range(200)), tuple(range(300))
     group = [Sample(i, prompt, long) for i in range(8)]
     [batch] = batches(group, 10_000)
-    assert (batch.layout, batch.computed) == (Layout.SHARED, 200 + 8 * 300)
+    assert (batch.layout, batch.computed, len(batch.passes)) == (Layout.SHARED, 200 + 8 * 300, 1)
+    [batch] = batches(group, 700)  # also where a pass takes but a few of its completions
+    assert (batch.layout, batch.computed, len(batch.passes)) == (Layout.SHARED, 200 + 8 * 300, 4)
     [batch] = batches([Sample(i, prompt[:3], long) for i in range(8)], 10_000)
     assert batch.layout is Layout.PADDED
 
