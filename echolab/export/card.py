@@ -18,8 +18,10 @@ KINDS = {
     "rollouts": "rollouts: completions that a policy sampled, with their rewards",
     "prompts": "prompts, each with how a policy fared on it",
 }
-SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
-HUGE = "10M<n<100M"
+SIZES = {
+    10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M", 10**8: "10M<n<100M",
+    10**9: "100M<n<1B",
+}  # fmt: skip
 SHOWN = 20  # names of one list
 
 
@@ -46,7 +48,7 @@ def front_matter(
     return {
         **{key: value for key, value in given.items() if value},
         "task_categories": ["text-generation"],
-        "size_categories": [next((name for limit, name in SIZES if n < limit), HUGE)],
+        "size_categories": [next((name for limit, name in SIZES.items() if n < limit), "1B<n<10B")],
         "tags": ["echolab", config["what"], "reasoning", "reinforcement-learning"],
         **({"source_datasets": facts["sources"][:SHOWN]} if facts["sources"] else {}),
         "configs": [{"config_name": "default", "data_files": [{"split": s, "path": f"data/{s}-*"} for s in splits]}],

@@ -46,6 +46,13 @@ class ExportConfig(Config):
             raise ValueError(f"no format {value!r}: {hint}")
         return value
 
+    @field_validator("where")
+    @classmethod
+    def _not_blank(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("is empty: give a condition such as step >= 100, or leave it out")
+        return value
+
     @field_validator("best")
     @classmethod
     def _at_least_one(cls, value: int | None) -> int | None:

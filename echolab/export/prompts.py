@@ -35,7 +35,7 @@ def messages_of(row: dict[str, Any], job: Job) -> Messages:
 def split(prompt: str) -> Messages:
     """The messages of a rendered prompt without the turn that it opens; a prompt without markers is what a user says."""
     for pattern in _TAGGED:
-        turns = [(role, text) for role, text in pattern.findall(prompt)]
+        turns = pattern.findall(prompt)
         if any(role == "user" for role, _ in turns):
             turns = turns[:-1] if turns[-1][0] in ("assistant", "model") else turns
             return [{"role": "assistant" if r == "model" else r, "content": t} for r, t in turns]

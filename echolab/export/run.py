@@ -25,7 +25,7 @@ from echolab.sql import Options, Session
 from echolab.store import Snapshot, Store, now
 from echolab.vocab import load_tokenizer, tokenizer_fingerprint
 
-MEMORY, THREADS = "2GB", 4  # what DuckDB may hold while it sorts; the rest goes to its scratch folder
+MEMORY, THREADS = "2GB", 4  # of DuckDB; more goes to disk
 
 Progress = Callable[[str, int, int], None]
 
@@ -175,7 +175,7 @@ def _register(d: Draft, snapshot: Snapshot, settings: Mapping[str, Any], documen
 
 def _notes(config: ExportConfig, shape: Shape, form: str, found: Mapping[str, Any]) -> Iterator[str]:
     n, tokens = found["n"], "tokens" in config.target.FORMS
-    if found["failures"] and config.rows == "rollouts" and config.to not in ("hf", "jsonl", "parquet"):
+    if form and found["failures"]:
         yield f'{found["failures"]:,} of {n:,} rollouts are no successes: --where "success" leaves them out'
     if shape.ends and config.rows == "clips":
         yield f"{config.to} ends every completion with an end token, also a clip that stops midway" + (

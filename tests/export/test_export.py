@@ -283,6 +283,7 @@ def test_an_unknown_format_names_the_nearest():
         ({"to": "verl", "form": "text"}, "verl knows chat form, not text"),
         ({"to": "jsonl", "clipset": "c", "best": 2}, "--best chooses rollouts"),
         ({"to": "jsonl", "best": 0}, "best: must be at least 1"),
+        ({"to": "jsonl", "where": " "}, "where: is empty: give a condition"),
         ({"to": "jsonl", "what": "clips"}, "which clips"),
         ({"to": "jsonl", "license": "mit"}, "--license is an option of hf"),
         ({"to": "trl-grpo", "ability": "code"}, "--ability is an option of verl"),
