@@ -37,7 +37,6 @@ from echolab.recorded import to_table as score_table
 from echolab.rows import Identify, Stored, bad_of, to_table, with_ids
 from echolab.schema import TABLES
 from echolab.store import Snapshot, Staged, Store, now
-from echolab.vocab import special_ids
 
 CHUNK_ROWS, CHUNK_BYTES = 2_048, 16 << 20  # rows become Arrow in chunks, so that Python holds few of them
 STAGE_BYTES = 128 << 20  # a staged file; with its sorted copy and the next one being read, about half a gigabyte
@@ -169,7 +168,7 @@ class _Ingest:
     def __init__(self, store: Store, snapshot: Snapshot, config: IngestConfig, folder: Path, report: IngestReport):
         self.store, self.snapshot, self.config, self.folder, self.report = store, snapshot, config, folder, report
         self.scorer = Scorer(config.run, config.tokenizer, config.temperature, config.dtype)
-        self.eos = special_ids(snapshot, config.tokenizer) if config.tokenizer else frozenset()  # a dump does not say which
+        self.eos = self.scorer.eos(snapshot)
         self.rows: list[tuple[Open, Row]] = []
         self.late: list[ScoresOf] = []  # of the file at hand
         self.scores: list[dict[str, Any]] = []
@@ -422,7 +421,7 @@ class _Ingest:
             lost = self.failed.union(*(r.scored for r in readings if r not in winners))
             scores = [s for s in staged if s.table == "scores"]
             if scores := fresh(self.store, snapshot, scores, lost, self.folder):
-                self._register_scorer(snapshot)
+                self.scorer.register(self.store)
                 self.store.commit("scores", scores)
             self.store.quarantine.mkdir(exist_ok=True)
             for reading in winners:
@@ -435,10 +434,6 @@ class _Ingest:
             rows = [_ledger_row(r, self.config, snapshot.ledger, first + i * _TICK) for i, r in enumerate(winners)]
             self.store.add("ingests", pa.Table.from_pylist(rows, schema=TABLES["ingests"].arrow))
         self.snapshot = self.store.snapshot()
-
-    def _register_scorer(self, snapshot: Snapshot) -> None:
-        if self.scorer.id not in snapshot.registry("scorers"):
-            self.store.register("scorers", self.scorer.id, self.config.run, self.scorer.config)
 
     def _lost(self, reading: Open, ledger: Ledger) -> bool:
         """Another process read the same source meanwhile: the same bytes and options are nothing to do."""

@@ -21,6 +21,7 @@ from echolab.readers.base import Scores, ScoresOf
 from echolab.scan import parquet, scratch, text
 from echolab.schema import SCORES
 from echolab.store import Snapshot, Staged, Store
+from echolab.vocab import special_ids
 
 NEGATIVE = -1e-3  # what rounding may leave of an entropy of 0
 
@@ -41,6 +42,20 @@ class Scorer:
     @property
     def id(self) -> str:
         return ids.config_id("scorer", list(self.config.values()))
+
+    def eos(self, snapshot: Snapshot) -> frozenset[int]:
+        """The tokens that end a completion: what its entry says, else the special ones of its tokenizer, if the store has
+        it."""
+        entry = snapshot.registry("scorers").get(self.id)
+        if entry and "eos" in entry["config"]:
+            return frozenset(entry["config"]["eos"])
+        return special_ids(snapshot, self.tokenizer) if self.tokenizer else frozenset()
+
+    def register(self, store: Store, eos: Sequence[int] | None = None) -> None:
+        """Its entry, unless it is there; `eos` where they are known. Under the lock."""
+        if self.id not in store.snapshot().registry("scorers"):
+            known = {} if eos is None else {"eos": list(eos)}
+            store.register("scorers", self.id, self.run, {**self.config, **known})
 
 
 def check(fields: dict[str, Any], scores: Scores) -> None:
