@@ -142,8 +142,8 @@ class Generation:
     def run(self, store: Store, progress: Progress | None = None) -> GenerateReport:
         """Sample what the store does not have. What was committed stays, whatever happens then."""
         options = self.ingest_config
-        scorer = Recorded(options.run, options.tokenizer, options.temperature, options.dtype).id
-        report, began = GenerateReport(self.config.run, scorer, self.prompts), time.monotonic()
+        scorer = Recorded(options.run, options.tokenizer, options.temperature, options.dtype)
+        report, began = GenerateReport(self.config.run, scorer.id, self.prompts), time.monotonic()
         done, tokens = 0, 0
 
         def more(n: int) -> None:
@@ -159,16 +159,18 @@ class Generation:
                 asked = [a for part in parts for a in self._asked(part, report)]
                 tokens_of, keys = [a.tokens for a in asked], [a.place for a in asked]
                 made = engine.sample(tokens_of, self.config.n, self.sampling, self.config.seed, keys)
-                self._store(store, options, asked, made)
+                if asked:
+                    with store.lock():
+                        scorer.register(store, self.model.eos)
+                    self._store(store, options, asked, made)
                 report.rollouts += len(made)
                 report.ended += made.finish_reason.count("stop")
                 report.tokens += sum(map(len, made.completion_ids))
                 done = report.known + sum(report.skipped.values()) + report.rollouts // self.config.n
                 more(0)
-            if scorer in store.snapshot().registry("scorers"):
-                resegment(store, scorer, Segmenter())
-        if report.skipped.total() == self.prompts:
-            raise EcholabError(f"{self.config.prompts}: nothing sampled: {report.skipped.most_common(1)[0][0]}")
+            if report.skipped.total() == self.prompts:
+                raise EcholabError(f"{self.config.prompts}: nothing sampled: {report.skipped.most_common(1)[0][0]}")
+            resegment(store, scorer.id, Segmenter())
         report.seconds = time.monotonic() - began
         return report
 
@@ -244,8 +246,6 @@ class Generation:
                 path = dump / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 pq.write_table(pa.Table.from_pylist(of_part, schema=_SCHEMA), path)
-            if not rows:
-                return
             report = ingest(store, [dump], options)
         for f in report.files:
             if f.status != "ingested" or f.quarantined:

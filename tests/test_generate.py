@@ -109,7 +109,7 @@ def test_entropies_are_a_scorer_of_the_run_and_agree_with_scoring(lab, model, tm
         "SELECT max(n_tokens) - min(n_tokens), max(mean_entropy) - min(mean_entropy) FROM scores GROUP BY rollout_id"
     )
     assert all(n == 0 and difference < 1e-5 for n, difference in rows.rows()), "both leave a final EOS out"
-    assert 0 < report.ended < 24
+    assert 0 < report.ended < 24 and entry["config"]["eos"] == [0]
 
 
 def test_what_is_there_is_not_sampled_again_and_another_generation_is(lab, model, tmp_path, monkeypatch):

@@ -21,9 +21,9 @@ def row_keys(seed: int, keys: Sequence[int | str], samples: Sequence[int]) -> Te
     return torch.tensor([int.from_bytes(d.digest(), "little", signed=True) for d in found])
 
 
-def uniforms(keys: Tensor, place: Tensor) -> Tensor:
-    """A number in (0, 1] for each row at a place of its completion: splitmix64, which needs no state."""
-    z = keys + place * _MIX[0]  # integers wrap around
+def uniforms(keys: Tensor, places: int) -> Tensor:
+    """Numbers in (0, 1] for each row at the places of its completion, [places, rows]: splitmix64, which needs no state."""
+    z = keys + torch.arange(places, device=keys.device)[:, None] * _MIX[0]  # integers wrap around
     for shift, factor in ((30, _MIX[1]), (27, _MIX[2])):
         z = (z ^ (z >> shift & (1 << 64 - shift) - 1)) * factor
     return (z >> 40 & 0xFFFFFF).add_(1).float().mul_(2.0**-24)

@@ -49,8 +49,8 @@ class Lean:
             keys, values = cache.update(qk[:, queries:, None], v[:, :, None], i)
             q = qk[:, :queries].unflatten(1, (pairs, -1))  # the queries of one key head together
             out = functional.scaled_dot_product_attention(q, keys, values, mask, scale=layer.scale)
-            x = x + layer.out(out.flatten(1))
-            x = x + layer.feed(x)
+            x += layer.out(out.flatten(1))
+            x += layer.feed(x)
         return self.head(self.norm(x))
 
 
@@ -73,7 +73,7 @@ class _Layer:
 
     def feed(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(self.between(x)).chunk(2, -1)
-        return self.down(self.activation(gate) * up)
+        return self.down(self.activation(gate).mul_(up))
 
 
 def _joined(layers: Sequence[Any], fuse: bool) -> Module:

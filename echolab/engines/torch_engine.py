@@ -168,13 +168,14 @@ class _Pass:
         self.place = torch.zeros(1, dtype=torch.long, device=device)  # of the next token in the completions
         # Of each row.
         self.row = torch.tensor([g.place * n + sample for g, sample in rows], device=device)  # in `made`
-        self.key = row_keys(seed, [keys[g.place] for g, _ in rows], [sample for _, sample in rows]).to(device)
         self.limit = torch.tensor(limits, device=device)
         self.position = torch.tensor(lengths, device=device)[:, None] - 1
         self.token = torch.zeros_like(self.row)
         self.length = torch.zeros_like(self.row)
         self.ended = torch.zeros_like(self.row, dtype=torch.bool)
         self.alive = ~self.ended
+        key = row_keys(seed, [keys[g.place] for g, _ in rows], [sample for _, sample in rows]).to(device)
+        self.uniform = uniforms(key, self.most)
         self.ids = self.row.new_empty(self.most, len(rows), dtype=torch.int32)
         self.numbers = torch.empty(self.most, 2, len(rows), device=device)
 
@@ -230,7 +231,7 @@ class _Pass:
 
     def _take(self, logits: Tensor) -> None:
         """The next token of every row. Rows that have ended go on with tokens that do not count."""
-        token, logprob, entropy = draw(logits, uniforms(self.key, self.place), self.sampling)
+        token, logprob, entropy = draw(logits, self.uniform.index_select(0, self.place)[0], self.sampling)
         self.token.copy_(token)
         self.ids.index_copy_(0, self.place, token[None].int())
         self.numbers.index_copy_(0, self.place, torch.stack((logprob, entropy))[None])
@@ -249,11 +250,11 @@ class _Pass:
         order = torch.arange(n, device=going.device)
         order[target] = source
         self.cache.keep(order, target, source)
-        for name in ("row", "key", "limit", "position", "token", "length", "ended", "alive"):
+        for name in ("row", "limit", "position", "token", "length", "ended", "alive"):
             setattr(self, name, getattr(self, name)[order])
-        for name in ("ids", "numbers"):
+        for name, used in (("ids", slice(done)), ("numbers", slice(done)), ("uniform", slice(done, None))):
             buffer = getattr(self, name)
-            buffer[:done].index_copy_(-1, target, buffer[:done].index_select(-1, source))
+            buffer[used].index_copy_(-1, target, buffer[used].index_select(-1, source))
             setattr(self, name, buffer[..., :n])
 
     def _hand_over(self, rows: Tensor, done: int) -> None:
