@@ -23,6 +23,7 @@ import echolab
 from echolab import ids
 from echolab.entropy.scorer import Scorer
 from echolab.errors import EcholabError
+from echolab.recorded import Scorer as Sampler
 from echolab.schema import FLOATS, ROLLOUTS
 from echolab.scoring import resegment
 from echolab.segment import Segmenter
@@ -80,6 +81,9 @@ class Recorder:
         )
         with echolab.open(config.store, create=True) as lab:
             policy.vocab.keep(lab.store)
+            with lab.store.lock():
+                sampler = Sampler(facts.run, facts.tokenizer, facts.temperature, facts.dtype)
+                sampler.register(lab.store, policy.eos)
         return cls(config.store, Path(config.out) / "rollouts", facts, Segmenter())
 
     def _next_attempt(self) -> int:
