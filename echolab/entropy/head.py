@@ -10,8 +10,9 @@ vocabulary, and folds the tile into what is known of each row:
     entropy = ln(total) - ln(2) * weighted / total        logprob = (target - top) / temperature - ln(total)
 
 Everything is relative to `top`, so that logits of -1e4 lose no digits, and in float32 whatever the dtype of the matmul. Base 2,
-since `exp2` costs a quarter of `exp` outside a compiler. On CUDA with Triton a row's numbers come from one pass over the logits
-of a chunk of rows (kernels.py). Scoring and the trainer call the same code; the gradient computes the tiles again.
+since outside a compiler `exp` takes four times as long as `exp2` on AMD's processors (on Intel's two thirds). On CUDA with Triton
+a row's numbers come from one pass over the logits of a chunk of rows (kernels.py). Scoring and the trainer call the same code; the
+gradient computes the tiles again.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from echolab.errors import EcholabError
 LOG2E, LN2 = math.log2(math.e), math.log(2)
 TILE = 8192  # columns of the vocabulary at a time
 PASS = 2**22  # logits of one pass, rows x columns: 8 MB in bfloat16, 16 MB in float32
-BLOCK = 2**18  # logits that a thread turns into statistics at a time: they stay in its cache
+BLOCK = 2**17  # logits that a thread turns into statistics at a time: they stay in its cache
 CUDA_ROWS = 4096  # rows of the full vocabulary that the kernel gets at a time: 1.2 GB in bfloat16 at 151,936 tokens
 LOWEST = -1e30  # where `top` starts: finite, as inf - inf is not a number
 FLUSH = -126.0  # 2**FLUSH is the smallest normal float32: nothing is lost below it, and 2**-inf * -inf is avoided
@@ -202,51 +203,60 @@ def _scan_rows(work: _Work, kernels: Any, extras: bool) -> _State:
 
 def _scan_tiles(work: _Work, extras: bool, compiled: bool) -> _State:
     head, n = work.head, len(work.hidden)
-    update, block = (_fused(work.hidden.dtype, head.softcap is not None), 2 * BLOCK) if compiled else (_update, BLOCK)
+    reduce, block = (_fused(work.hidden.dtype, head.softcap is not None), 4 * BLOCK) if compiled else (_reduce, BLOCK)
     new = functools.partial(work.sharpness.new_full, (n,))
     state = _State(new(LOWEST), new(0), new(0), new(-math.inf), new(-math.inf), new(0))
     sharpness = work.sharpness * LOG2E
     all_rows, all_columns, buffer = work.tiles()
     for rows in all_rows:
         expected = _expected(work, rows) if extras else None
+        old = _State(*(s[rows] for s in state))
         for columns in all_columns:
             x = work.logits(rows, columns, buffer)
             inside, at = work.column(columns, rows)
             own = x.gather(1, at)[:, 0]
-            state.target[rows] = torch.where(inside, _shape(own, head.scale, head.softcap), state.target[rows])
+            old.target.copy_(torch.where(inside, _shape(own, head.scale, head.softcap), old.target))
             if expected is not None:  # a token is not likelier than itself, whatever the last bit says
-                state.rank[rows] -= (inside & (own > expected)).to(work.exact)
+                old.rank.sub_((inside & (own > expected)).to(work.exact))
+            found = []
             for part in _blocks(x, block):
-                at_rows = slice(rows.start + part.start, rows.start + part.stop)
-                old = _State(*(s[at_rows] for s in state))
                 likelier = None if expected is None else expected[part]
-                fresh = update(x[part], old, sharpness[at_rows], likelier, head.scale, head.softcap)
-                for s, value in zip(old, fresh, strict=True):
-                    s.copy_(value)
+                found.append(reduce(x[part], sharpness[rows][part], likelier, head.scale, head.softcap))
+            _merge(old, [torch.cat(column) for column in zip(*found, strict=True)], sharpness[rows])
     return state
 
 
-def _update(x: Tensor, old: _State, sharpness: Tensor, expected: Tensor | None, scale: float, softcap: float | None) -> _State:
-    """Fold a tile of raw logits into the state of its rows; `x` is used up. The compiled form is made from this code."""
-    second, rank = old.second, old.rank
+def _reduce(x: Tensor, sharpness: Tensor, expected: Tensor | None, scale: float, softcap: float | None) -> list[Tensor]:
+    """Of raw logits by row: the highest; total and weighted relative to it; if asked the second, and how many are expected
+    to be above the target. `x` is used up. The compiled form is made from this code."""
+    above = None
     if expected is not None:  # comparing in place gives floats, which are summed six times as fast as truth values
-        rank = rank + x.to(rank.dtype, copy=True).gt_(expected[:, None]).sum(-1)
+        above = x.to(sharpness.dtype, copy=True).gt_(expected[:, None]).sum(-1)
     x = _shape(x, scale, softcap)
-    highest = x.amax(-1)
-    top = torch.maximum(old.top, highest)
-    if expected is not None:
+    highest = x.amax(-1).clamp_(min=LOWEST)
+    extras = []
+    if above is not None:
         is_highest = x.clone().eq_(highest[:, None])
         runner_up = torch.add(x, is_highest, alpha=-3e38).amax(-1)
         runner_up = torch.where(is_highest.sum(-1) > 1, highest, runner_up.masked_fill(runner_up < LOWEST, -math.inf))
-        before = old.top.masked_fill(old.top == LOWEST, -math.inf)
-        second = torch.maximum(torch.maximum(second, runner_up), torch.minimum(before, highest))
-    y = x.sub_(top[:, None]).mul_(sharpness[:, None]).clamp_(min=FLUSH)
+        extras = [runner_up, above]
+    y = x.sub_(highest[:, None]).mul_(sharpness[:, None]).clamp_(min=FLUSH)
     p = y.exp2()
-    step = ((old.top - top) * sharpness).clamp_(min=FLUSH)
-    shrink = step.exp2()
-    weighted = shrink * (old.weighted + old.total * step)  # with the old total
-    total = shrink * old.total + p.sum(-1)
-    return _State(top, total, weighted + p.mul_(y).sum(-1), old.target, second, rank)
+    return [highest, p.sum(-1), p.mul_(y).sum(-1), *extras]
+
+
+def _merge(state: _State, tile: list[Tensor], sharpness: Tensor) -> None:
+    """Fold what was found in a tile into the state of its rows."""
+    highest, total, weighted, *extras = tile
+    top = torch.maximum(state.top, highest)
+    if extras:
+        before, here = (t.masked_fill(t == LOWEST, -math.inf) for t in (state.top, highest))
+        state.second.copy_(torch.maximum(torch.maximum(state.second, extras[0]), torch.minimum(before, here)))
+        state.rank.add_(extras[1])
+    old, new = (((t - top) * sharpness).clamp_(min=FLUSH) for t in (state.top, highest))
+    state.weighted.copy_(old.exp2() * (state.weighted + state.total * old) + new.exp2() * (weighted + total * new))
+    state.total.copy_(old.exp2() * state.total + new.exp2() * total)
+    state.top.copy_(top)
 
 
 def _finish(state: _State, sharpness: Tensor) -> tuple[Tensor, Tensor]:
@@ -374,15 +384,15 @@ def _blocks(x: Tensor, size: int = BLOCK) -> Iterator[slice]:
 
 @functools.cache
 def _fused(dtype: torch.dtype, capped: bool) -> Any:
-    """`_update`, compiled once for all shapes; where nothing compiles, as it is."""
-    update = torch.compile(_update, dynamic=True)
+    """`_reduce`, compiled once for all shapes; where nothing compiles, as it is."""
+    reduce = torch.compile(_reduce, dynamic=True)
     row = torch.ones(4, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     try:
-        update(torch.zeros(4, 128, dtype=dtype), _State(*(row + i for i in range(6))), row, None, 1.0, 30.0 if capped else None)
+        reduce(torch.zeros(4, 128, dtype=dtype), row, None, 1.0, 30.0 if capped else None)
     except (RuntimeError, OSError) as error:
         warnings.warn(f"the entropy head runs uncompiled: {str(error).splitlines()[0]}", stacklevel=2)
-        return _update
-    return update
+        return _reduce
+    return reduce
 
 
 @functools.cache

@@ -377,7 +377,7 @@ for dtype in (torch.float32, torch.bfloat16):
         targets = torch.randint(6, 20_011, (70,), generator=g)
         pairs = zip(*(token_stats(states, head, targets, 0.7, extras=True, compiled=c) for c in (False, True)))
         difference = max(float((a - b).abs().max()) for a, b in pairs)
-        print(difference, module._fused(dtype, softcap is not None) is module._update)
+        print(difference, module._fused(dtype, softcap is not None) is module._reduce)
 """
 
 
