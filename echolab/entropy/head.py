@@ -10,7 +10,7 @@ vocabulary, and folds the tile into what is known of each row:
     entropy = ln(total) - ln(2) * weighted / total        logprob = (target - top) / temperature - ln(total)
 
 Everything is relative to `top`, so that logits of -1e4 lose no digits, and in float32 whatever the dtype of the matmul. Base 2,
-since outside a compiler `exp` takes four times as long as `exp2` on AMD's processors (on Intel's two thirds of it). On CUDA with
+since outside a compiler `exp` takes four times as long as `exp2` on AMD's processors (on Intel's two thirds). On CUDA with
 Triton a row's numbers come from one pass over the logits of a chunk of rows (kernels.py). Scoring and the trainer call the same
 code; the gradient computes the tiles again.
 """
