@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-PIECE = 1 << 13  # sequences that are worked on at once: they stay in the processor's cache
+PIECE = 1 << 10  # sequences that are worked on at once: they stay in the processor's cache
 SCALE = float(1 << 30)
 LEVEL = np.float32(1e-6)
 
@@ -23,9 +23,9 @@ class Sums:
     The numbers are whole ones, of 2^-30 nats: so sums are exact, and equal parts have equal curves wherever they lie."""
 
     def __init__(self, values: np.ndarray):
-        whole = np.rint(np.asarray(values, np.float64) * SCALE).astype(np.int64)
-        self.values = np.append(whole, 0)
-        self.up_to = np.append(0, np.cumsum(whole))
+        self.values, self.up_to = np.zeros((2, len(values) + 1), np.int64)
+        self.values[:-1] = np.rint(np.multiply(values, SCALE, dtype=np.float64))
+        np.cumsum(self.values[:-1], out=self.up_to[1:])
 
     def curves(self, start: np.ndarray, length: np.ndarray, bins: int) -> np.ndarray:
         """[bins, parts] of the parts of so many values from `start` on. A part is a step function over 0..1, the value of a
@@ -53,8 +53,8 @@ def mse(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """1 - the correlation of columns, which with a level column is 0."""
-    return 1 - _total(zscore(a) * zscore(b)) / np.float32(len(a))
+    """1 - the correlation of columns that `zscore` has made; with a level one it is 0."""
+    return 1 - _total(a * b) / np.float32(len(a))
 
 
 def dtw(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -75,7 +75,6 @@ def dtw(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         np.minimum(cells, two[low:high], out=cells)
         cells += cost
         two[0] = np.inf  # the corner is a beginning only once
-        now[low] = np.inf
         now[high + 1 : high + 2] = np.inf
         two, one, now = one, now, two
     return one[n] / np.float32(max(n, m))
@@ -149,12 +148,13 @@ def nearest(
     normalise: bool,
 ) -> np.ndarray:
     """Of each sequence, so many `values` from its start on, the smallest distance to the `number` curves from `column` on."""
-    sums, bins = Sums(values), len(experts.curves)
+    bins, normalise = len(experts.curves), normalise or distance == "pearson"
     curves = zscore(experts.curves) if normalise else experts.curves
     found = np.full(len(start), np.inf, np.float32)
     for at in range(0, len(start), PIECE):
         here = slice(at, at + PIECE)
-        own = sums.curves(start[here], length[here], bins)
+        first = start[here].min()
+        own = Sums(values[first : (start[here] + length[here]).max()]).curves(start[here] - first, length[here], bins)
         own = zscore(own) if normalise else own
         for i in range(int(number[here].max(initial=0))):
             some = np.flatnonzero(number[here] > i)

@@ -212,7 +212,7 @@ def _choose(
             writer.write_table(_choices(rows, found))
             done += rows.num_rows
             if progress:
-                progress("choosing", done, successes["all"])
+                progress("segments", done, successes["all"])
     successes["unscored"] -= successes["uncut"]
     successes["candidates"] = successes.pop("no_segment", 0)
     outcomes["no_success"] += sum(facts["groups"].values()) - outcomes.total()  # they did not pass by
@@ -290,7 +290,7 @@ def _stage(
             held = []
         done += len(rows)
         if progress:
-            progress("writing", done, total)
+            progress("texts", done, total)
     if held:
         yield from d.store.stage("clips", pa.concat_tables(held), d.folder)
     facts |= {"splits": dict(splits), "without_prompt_ids": dict(prompts.problems)}
@@ -449,11 +449,11 @@ def _mined(snapshot: Snapshot, named: Named, new: bool = False) -> Mined:
     if profile := named.parents.get("profile"):
         notes += _other(snapshot, config, find(snapshot, "cohort", profile))
     for why, n in facts["without_prompt_ids"].items():
-        notes.append(f"{n:,} clips have no prompt_ids: {why}")
+        notes.append(f"without prompt_ids: {n:,} of the clips ({why})")
     for split, n in facts["splits"].items():
         if split != "train":
             notes.append(
-                f"{n:,} clips are of split {split}: do not train on what you evaluate with (--split train leaves them out)"
+                f"of split {split}: {n:,} of the clips; do not train on what you evaluate with (--split train leaves them out)"
             )
     scorer, segmenter = (label(snapshot, kind, config[kind]) for kind in ("scorer", "segmenter"))
     return Mined(named.label, config, scorer, segmenter, facts, statistics, notes, new)

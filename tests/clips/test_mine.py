@@ -325,36 +325,41 @@ def test_eos_masks_and_cut_characters(recorded, add_rows):
     assert {r: c["prompt_ids"] for r, c in found.items()} == {
         "r0": [5, 5], "r1": [5], "r2": None, "r3": None, "r4": None, "r5": [5], "r6": [5],
     }  # fmt: skip
-    assert mined.notes == ["3 clips have no prompt_ids: the dump has none, nor a model whose tokenizer could make them"]
+    assert mined.notes == [
+        "without prompt_ids: 3 of the clips (the dump has none, nor a model whose tokenizer could make them)"
+    ]
     assert {c["temperature"] for c in found.values()} == {0.5}
 
 
 def test_a_chosen_verifier_decides_success_and_kinds(recorded, add_rows):
-    made = recorded([{"completion": "b\n", "group": "g"}, {"completion": "ab\n", "group": "g"}], problem="p")
+    made = recorded(
+        [{"completion": "b\n", "group": "g"}, {"completion": "ab\n", "group": "g"}, {"completion": "x"}], problem="p"
+    )
     score(add_rows, made, "r0", [1], [1], [0.9])
     score(add_rows, made, "r1", [0, 1], [2], [0.1])
     word = {"verifier": "v1", "input_hash": "h", "status": "ok", "created_at": now()}
-    add_rows(
-        made, "verdicts", [word | {"rollout_id": r, "success": s, "score": float(s)} for r, s in (("r0", False), ("r1", True))]
-    )
+    said = {"r0": False, "r1": True, "r2": True}
+    add_rows(made, "verdicts", [word | {"rollout_id": r, "success": s, "score": float(s)} for r, s in said.items()])
     with made.lock():
         made.register("verifiers", "v1", "math", {})
     with echolab.open(made.root) as lab:
         lab.mine("recorded")
-        lab.mine("judged", verifier="math")
+        judged = lab.mine("judged", verifier="math")
         found = lab.sql("SELECT clipset, rollout_id, group_kind FROM clips ORDER BY ALL").rows()
+        missing = lab.sql(f"SELECT rollout_id FROM rollouts WHERE {mining._successes(judged.config)} AND rollout_id <> 'r1'")
         # New verdicts change only what asks for them.
         add_rows(made, "verdicts", [word | {"rollout_id": "r0", "success": True, "score": 1.0, "input_hash": "i"}])
         labels = lab.mine("recorded").label, lab.mine("judged", verifier="math").label
     assert found == [("judged@1", "r1", "mixed"), ("recorded@1", "r0", "all_success")]
-    assert labels == ("recorded@1", "judged@2")
+    assert labels == ("recorded@1", "judged@2") and judged.config["verifier"] == "v1"
+    assert missing["rollout_id"].to_list() == ["r2"] and judged.facts["successes"]["unscored"] == 1
 
 
 def test_clips_of_other_splits_are_told(recorded, add_rows):
     made = recorded([{"completion": "b\n"}], split="eval")
     score(add_rows, made, "r0", [1], [1], [0.9])
     with echolab.open(made.root) as lab:
-        assert lab.mine("c").notes[-1].startswith("1 clips are of split eval: do not train on what you evaluate with")
+        assert lab.mine("c").notes[-1].startswith("of split eval: 1 of the clips; do not train on what you evaluate with")
 
 
 # Matching.
@@ -426,9 +431,10 @@ def warped(a, b):
 # Crashes.
 
 
-def test_a_killed_mining_leaves_nothing_and_begins_anew(store):
+def test_a_killed_mining_leaves_nothing_and_begins_anew(store, tmp_path):
     """Killed while it writes: no clip set, no clip; then as if nothing had been."""
-    code = """
+    script = tmp_path / "slow.py"
+    script.write_text("""
 import sys, time, echolab
 from echolab.store import Store
 stage = Store.stage
@@ -438,8 +444,8 @@ def slow(*a):
     time.sleep(60)
 Store.stage = slow
 echolab.open(sys.argv[1]).mine("c", segmenter="newline")
-"""
-    process = subprocess.Popen([sys.executable, "-c", code, str(store)], stdout=subprocess.PIPE, text=True)
+""")
+    process = subprocess.Popen([sys.executable, script, store], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "staged\n"
     process.send_signal(signal.SIGKILL)
     process.wait()

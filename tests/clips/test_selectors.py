@@ -12,7 +12,7 @@ from itertools import groupby
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from echolab.clips.match import Experts
@@ -429,6 +429,13 @@ def test_draws_depend_on_seed_run_step_and_group():
         assert sum(a == b for a, b in zip(picks(), other, strict=True)) <= 2
 
 
+def test_with_scope_rollout_each_rollout_draws_for_itself():
+    long = {"segment_ends": list(range(1, 1001)), "segment_entropies": [0.5] * 1000}
+    rows = [row(rollout_id=f"r{i}", sample=i, **long) for i in range(20)]
+    for name in ("random", "uniform"):
+        assert len(set(select(table(rows), Selector.make(selector=name, scope="rollout")).end_token.tolist())) > 15
+
+
 def test_draws_are_the_same_in_another_process():
     """Hashes of Python's own differ from process to process; these do not."""
     code = (
@@ -451,6 +458,8 @@ def test_draws_are_the_same_in_another_process():
         st.lists(st.sampled_from([b"a", b"</", b"think", b"</think>", b">", b"x</think", b">b", b""]), max_size=8), max_size=6
     )
 )
+@example([[b"</", b"think"], [b">", b"a"]])  # across two completions
+@example([[b"</think>", b"", b"</think>"], [b"a", b"</think>"]])
 @settings(max_examples=150, deadline=None)
 def test_thinking_counts_tokens_that_begin_before_the_tag(completions):
     known = sorted({p for c in completions for p in c})
