@@ -153,15 +153,20 @@ def test_however_the_program_ends_its_workers_end_with_it(how):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout is not None
-    for _ in range(101):
-        assert process.stdout.readline()
-    time.sleep(1)
-    workers = psutil.Process(process.pid).children(recursive=True)
-    assert len(workers) >= 5, "a server, workers, and what a worker started"
-    os.killpg(process.pid, how)
-    process.wait(timeout=20)
-    gone, alive = psutil.wait_procs(workers, timeout=20)
-    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE], alive
+    try:
+        for _ in range(101):
+            assert process.stdout.readline()
+        parent, until = psutil.Process(process.pid), time.monotonic() + 60
+        while len(workers := parent.children(recursive=True)) < 5 and time.monotonic() < until:
+            time.sleep(0.1)
+        assert len(workers) >= 5, "a server, workers, and what a worker started"
+        os.killpg(process.pid, how)
+        process.wait(timeout=20)
+        gone, alive = psutil.wait_procs(workers, timeout=20)
+        assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE], alive
+    finally:
+        process.kill()  # should the test have failed: what hangs would go on
+        process.wait()
 
 
 def test_a_module_that_hangs_as_it_is_imported_is_an_error_in_one_line(monkeypatch):
