@@ -92,7 +92,9 @@ class Answers:
     def _once(self, query: str, **params: Any) -> pl.DataFrame:
         key = query, tuple(sorted(params.items()))
         if key not in self.kept:
-            self.kept[key] = self.session.query(query, **params)
+            frame = self.session.query(query, **params)
+            numbers = [c for c, t in frame.schema.items() if t.is_float()]
+            self.kept[key] = frame.with_columns(pl.when(pl.col(c).is_finite()).then(c).alias(c) for c in numbers)
         return self.kept[key]
 
     def each(self, query: str, **params: Any) -> Iterator[tuple[str, pl.DataFrame]]:

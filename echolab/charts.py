@@ -104,9 +104,10 @@ def reward_by_step(answers: Answers, style: Style) -> list[Figure]:
 
 def entropy_by_step(answers: Answers, style: Style) -> list[Figure]:
     """Median over rollouts, with its band from the 10th to the 90th percentile, under the chosen scorer."""
-    rows = answers.lines("entropy_by_step").filter(pl.col("scorer") == answers.scorer)
+    shown = pl.col("median").is_not_null() & (pl.col("scorer") == answers.scorer)
+    rows = answers.lines("entropy_by_step").filter(shown)
     if not rows.height:
-        _missing(NO_STEPS if answers.ask("entropy_by_step").height else NO_SCORES)
+        _missing(NO_STEPS if answers.ask("entropy_by_step").filter(shown).height else NO_SCORES)
     shown, left_out = thin(rows)
     line = lines(shown, style, "median", ["p10", "p90", "mean_of_tokens", "n"], lines_colour(shown, style))
     band = line.mark_area(fillOpacity=0.18).encode(y=alt.Y("p10:Q").title(None), y2="p90:Q")

@@ -275,9 +275,7 @@ def test_hostile_text_is_data_and_nothing_else(hostile, tmp_path):
 
 def test_the_page_forbids_all_but_its_own_scripts(told_page):
     _, _, page = told_page
-    policy = (
-        dict(page.attributes)["content"] if False else re.search(r'Content-Security-Policy" content="([^"]+)"', page.source)[1]
-    )
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]+)"', page.source)
     assert policy.startswith("default-src 'none'; script-src 'sha256-") and "unsafe" not in policy
     assert "base-uri 'none'; form-action 'none'" in policy and policy.count("'sha256-") == 4
 
@@ -374,6 +372,27 @@ def test_rewards_that_are_no_numbers_are_no_rewards(make_store, tmp_path):
     _, page = page_of(make_store(rows), tmp_path)
     (group,) = page.groups.values()
     assert [r.get("reward") for r in group["rollouts"]] == [None, None, 1, 0]
+
+
+def test_numbers_that_are_none_are_left_out(make_store, add_rows, tmp_path):
+    made = make_store(told.steps(2))
+    nan, score = float("nan"), {"scorer": "s", "run": "r", "step": 1, "token_ids": [5, 6], "n_tokens": 2}
+    with echolab.open(made.root) as lab:
+        ids = lab.sql("SELECT rollout_id FROM rollouts WHERE step = 1 ORDER BY rollout_id LIMIT 2")["rollout_id"]
+    add_rows(made, "scores", [{**score, "rollout_id": id, "entropies": [nan, nan], "mean_entropy": nan} for id in ids])
+    done, page = page_of(made, tmp_path)
+    assert "entropy_by_step" not in done.charts and len(page.groups) == 8
+    assert {r.get("mean_entropy") for group in page.groups.values() for r in group["rollouts"]} == {None}
+
+
+def test_of_many_runs_charts_show_the_largest_and_the_page_says_so(make_store, add_reading, tmp_path):
+    made = make_store(told.steps(2))
+    for n in range(7):
+        add_reading(made, [{**row, "run": f"run {n}"} for row in told.steps(1)])
+    done, page = page_of(made, tmp_path)
+    assert done.notes == ["Charts show the 6 largest of 8 runs: `--run` chooses."] and "6 largest of 8 runs" in page.text
+    assert {row["run"] for row in page.rows("success_rate", "mean")} == {"r", *(f"run {n}" for n in range(5))}
+    assert all(f"run {n}" in page.text for n in range(7))
 
 
 # Choices, and the other doors.

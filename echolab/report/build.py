@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import echolab
-from echolab.chartdata import NO_EXPERTS, Answers, Missing
+from echolab.chartdata import NO_EXPERTS, SERIES, Answers, Missing
 from echolab.charts import CHARTS, Figure, chart, problem_visits
 from echolab.coverage import label
 from echolab.drawing import Style, dress
 from echolab.errors import EcholabError
 from echolab.report import sections
-from echolab.report.choice import Choice, choose
+from echolab.report.choice import choose
 from echolab.report.findings import experts_table, finding
 from echolab.report.html import page, part, reader_index
 from echolab.report.sample import KINDS, SIZES, Sample, as_json, sample
 from echolab.sql import Session
 from echolab.store import Snapshot, now
-from echolab.words import count
+from echolab.words import count, listed
 
 MOST_BYTES, SPARE = 4_900_000, 250_000  # of the file; for its text and tables
 PAGE = Style(
@@ -73,15 +73,19 @@ def report(
             specs["problem_visits"] = [as_json(_spec(figure)) for figure in drawn["problem_visits"]]
         missing = list(absent.values()) + ([] if experts_table(answers) else [NO_EXPERTS])
         missing = list(dict.fromkeys(missing)) if answers.runs else []
-        body, data = _body(answers, choice, drawn, specs, absent, missing, found)
-        title = f"echolab: {snapshot.store.root.name}"
-        written = page(title, body, [part("style.css")], [bundle, part("reader.js"), part("page.js")], data).encode()
+        notes = list(choice.notes)
+        if len(answers.runs) > SERIES:
+            notes.append(f"Charts show the {SERIES} largest of {len(answers.runs)} runs: `--run` chooses.")
+        body, data = _body(answers, choice.clipset, drawn, specs, absent, missing, notes, found)
+        written = page(
+            f"echolab: {_named(answers)}", body, [part("style.css")], [bundle, part("reader.js"), part("page.js")], data
+        ).encode()
         out.parent.mkdir(parents=True, exist_ok=True)
         unfinished = out.with_name(f"{out.name}.part")
         unfinished.write_bytes(written)
         unfinished.replace(out)
         images = [] if static is None else write_images(answers, list(drawn), Path(static))
-    return Report(str(out), len(written), len(found.entries), found.n_groups, list(drawn), missing, list(choice.notes), images)
+    return Report(str(out), len(written), len(found.entries), found.n_groups, list(drawn), missing, notes, images)
 
 
 @cache
@@ -119,11 +123,12 @@ def _spec(figure: Figure) -> dict[str, Any]:
 
 def _body(
     answers: Answers,
-    choice: Choice,
+    clipset: str | None,
     drawn: Mapping[str, list[Figure]],
     specs: Mapping[str, list[str]],
     absent: Mapping[str, str],
     missing: Sequence[str],
+    notes: Sequence[str],
     found: Sample,
 ) -> tuple[str, dict[str, str]]:
     """The body of the page, and its data by id."""
@@ -131,13 +136,12 @@ def _body(
     main = [
         sections.runs(answers) if answers.runs else "",
         charted,
-        sections.reader(_about_reader(answers.session, choice, found)) if found.entries else "",
+        sections.reader(_about_reader(answers.session, clipset, found)) if found.entries else "",
         sections.sources(answers) if answers.session.snapshot.ledger.live else "",
         sections.missing(missing),
     ]
-    origin = provenance(answers, choice)
-    top = sections.top(finding(answers), f"echolab report · {origin['store']['name']}")
-    body = f"{top}<main>{''.join(main)}</main>{sections.foot(choice.notes, origin)}"
+    top = sections.top(finding(answers), f"echolab report · {_named(answers)}")
+    body = f"{top}<main>{''.join(main)}</main>{sections.foot(notes, provenance(answers, clipset))}"
     data = {"charts": "{" + ",".join(f'"{place}":{specs[name][i]}' for place, (name, i) in places.items()) + "}"}
     if found.entries:
         data["reader-index"] = reader_index(found.entries, found.scale(), KINDS)
@@ -145,7 +149,12 @@ def _body(
     return body, data
 
 
-def _about_reader(session: Session, choice: Choice, found: Sample) -> str:
+def _named(answers: Answers) -> str:
+    """The runs, or the store where there are none, or many."""
+    return listed(list(answers.runs)) if 0 < len(answers.runs) < 4 else answers.session.snapshot.store.root.name
+
+
+def _about_reader(session: Session, clipset: str | None, found: Sample) -> str:
     """What can be read, how it was sampled, and what the colours are."""
     n = len(found.entries)
     said = f"All {count(n, 'group')} can be read here" if n == found.n_groups else (
@@ -155,7 +164,7 @@ def _about_reader(session: Session, choice: Choice, found: Sample) -> str:
         f", with up to {SIZES[0][0]} rollouts each: the shortest, the longest, right and wrong ones in turn."
         " `?` lists the keys, and the address leads back to what is open."
     )
-    return f"{said} {colours(session, found.scale())} {_clips(choice.clipset)}"
+    return f"{said} {colours(session, found.scale())} {_clips(clipset)}"
 
 
 def colours(session: Session, scale: Mapping[str, float]) -> str:
@@ -178,18 +187,17 @@ def _clips(clipset: str | None) -> str:
     return "" if clipset is None else f"EchoClips are those of {clipset}, underlined up to their end."
 
 
-def provenance(answers: Answers, choice: Choice) -> dict[str, Any]:
+def provenance(answers: Answers, clipset: str | None) -> dict[str, Any]:
     """Where the page comes from. It has the page's only time stamp."""
-    snapshot, options = answers.session.snapshot, choice.options
+    session = answers.session
+    shown = "SELECT chosen_verifier() AS verifier, chosen_scorer() AS scorer, chosen_segmenter() AS segmenter"
     return {
         "echolab": echolab.__version__,
         "created": now().isoformat(timespec="seconds"),
-        "store": {"name": snapshot.store.root.name, "versions": dict(sorted(snapshot.versions.items()))},
+        "store": {"name": session.snapshot.store.root.name, "versions": dict(sorted(session.snapshot.versions.items()))},
         "runs": list(answers.runs),
-        "clipset": choice.clipset,
-        "verifier": options.verifier,
-        "scorer": options.scorer,
-        "segmenter": options.segmenter,
+        "clipset": clipset,
+        **session.sql(shown).row(0, named=True),
     }
 
 

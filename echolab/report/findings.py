@@ -96,7 +96,7 @@ class _Main:
         share = "unknown" if self.upstream else percent(self.degenerate / self.judged)
         found = [(share, "of groups taught nothing"), (short(int(self.cost["wasted"].sum())), f"{self.unit} spent on them")]
         found.append((_move(self.ask("reward_by_step").filter(pl.col("mean").is_not_null()), "mean", 3), "mean reward"))
-        entropies = self.ask("entropy_by_step")
+        entropies = self.ask("entropy_by_step").filter(pl.col("median").is_not_null())
         entropies = entropies.filter(pl.col("scorer") == self.answers.scorer) if entropies.height else entropies
         if entropies.height:
             found.append((_move(entropies, "median", 2), "nats, median entropy"))

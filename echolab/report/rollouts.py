@@ -93,13 +93,16 @@ def read_groups(
     for start in range(0, len(groups), AT_ONCE):
         some = groups[start : start + AT_ONCE]
         beside = {g["group_id"]: (experts or {}).get(g["problem_id"] or "") for g in some}
-        of_experts = {r["rollout_id"]: r for r in _rows(session, _those(filter(None, beside.values())), clipset)}
+        ids = sorted({id for id in beside.values() if id})
+        of_experts = {r["rollout_id"]: r for r in (_rows(session, _those(ids), clipset) if ids else ())}
+        here = _near(some)
         of_groups: dict[str, list[dict[str, Any]]] = {g["group_id"]: [] for g in some}
-        for row in _rows(session, " OR ".join(map(_rows_of, some)), clipset):
+        for row in _rows(session, f"{here} AND ({' OR '.join(map(_rows_of, some))})", clipset, here):
             of_groups[row["group_id"]].append(row)
         of_groups = {id: pick(rows, rollouts) for id, rows in of_groups.items()}
+        _add_numbers(session, [*of_experts.values()])
+        _add_numbers(session, [row for rows in of_groups.values() for row in rows], here)
         chosen = [*of_experts.values(), *(row for rows in of_groups.values() for row in rows)]
-        _add_numbers(session, chosen)
         spelled = pieces or spelling(session, sorted({id for row in chosen for id in _ids(row)}))
         for group in some:
             expert = of_experts.get(beside[group["group_id"]] or "")
@@ -120,21 +123,25 @@ def pick(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
     return [rows[i] for i in sorted(list(order)[:limit])]
 
 
+def _near(groups: Sequence[Mapping[str, Any]]) -> str:
+    """Holds for all rollouts and scores of the runs and steps of these groups. By these the files are sorted, and by no id:
+    without it all of them would have to be read."""
+    steps = {g["step"] for g in groups}
+    known = ", ".join(str(step) for step in sorted(steps - {None})) or "NULL"
+    runs = ", ".join(text(run) for run in sorted({g["run"] for g in groups}))
+    return f"run IN ({runs}) AND (step IN ({known}){' OR step IS NULL' if None in steps else ''})"
+
+
 def _rows_of(group: Mapping[str, Any]) -> str:
-    """Holds for its rollouts. Run, split and step lead to the files; the id alone would mean to read all of them."""
-    step = "IS NULL" if group["step"] is None else f"= {group['step']}"
-    return (
-        f"(run = {text(group['run'])} AND split = {text(group['split'])} AND step {step}"
-        f" AND group_id = {text(group['group_id'])} AND role = {text(group['role'])})"
-    )
+    return f"(group_id = {text(group['group_id'])} AND role = {text(group['role'])})"
 
 
-def _rows(session: Session, where: str, clipset: str | None) -> list[dict[str, Any]]:
+def _rows(session: Session, where: str, clipset: str | None, near: str = "true") -> list[dict[str, Any]]:
     found = session.sql(
         f"""SELECT rollout_id, group_id, role, run, step, model, sample, part, success, reward, finish_reason, ground_truth,
             coalesce(prompt, messages) AS prompt, excerpt(coalesce(prompt, messages), 160) AS asked, completion, n_chars,
             n_completion_tokens, clip_end,
-            rollout_id IN (SELECT rollout_id FROM scores WHERE scorer = chosen_scorer()) AS scored
+            rollout_id IN (SELECT rollout_id FROM scores WHERE scorer = chosen_scorer() AND {near}) AS scored
         FROM rollouts LEFT JOIN (
             SELECT rollout_id, max(end_token) AS clip_end FROM clips
             WHERE clipset = {text(clipset or "")} AND scorer = chosen_scorer() GROUP BY rollout_id
@@ -144,14 +151,16 @@ def _rows(session: Session, where: str, clipset: str | None) -> list[dict[str, A
     return found.to_dicts()
 
 
-def _add_numbers(session: Session, rows: Sequence[dict[str, Any]]) -> None:
+def _add_numbers(session: Session, rows: Sequence[dict[str, Any]], near: str = "true") -> None:
     """Scores, segments and verdict, under the session's choices."""
+    if not rows:
+        return
     those = _those(row["rollout_id"] for row in rows)
     found = session.sql(
         f"""SELECT r.rollout_id, s.token_ids, s.entropies, s.logprobs, s.loss_mask, s.mean_entropy,
             g.segment_ends, g.segment_entropies, g.peak_segment, v.status, v.extracted
-        FROM (SELECT rollout_id FROM rollouts WHERE {those}) r
-        LEFT JOIN (SELECT * FROM scores WHERE scorer = chosen_scorer() AND {those}) s ON s.rollout_id = r.rollout_id
+        FROM (SELECT unnest([{_list(row["rollout_id"] for row in rows)}]) AS rollout_id) r
+        LEFT JOIN (SELECT * FROM scores WHERE scorer = chosen_scorer() AND {near} AND {those}) s ON s.rollout_id = r.rollout_id
         LEFT JOIN (
             SELECT * FROM segmentations WHERE scorer = chosen_scorer() AND segmenter = chosen_segmenter() AND {those}
         ) g ON g.rollout_id = r.rollout_id
@@ -191,7 +200,7 @@ def _rollout(row: Mapping[str, Any], pieces: Mapping[int, bytes], size: int | No
 
 def _room(ids: Sequence[int], pieces: Mapping[int, bytes], size: int | None) -> int:
     """How many tokens fit into so many bytes."""
-    if size is not None:
+    if size is not None and len(ids) * (TOKEN_BYTES + 20) > size:
         for i, id in enumerate(ids):
             size -= len(pieces.get(id, b"")) + TOKEN_BYTES
             if size < 0:

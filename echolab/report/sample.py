@@ -32,7 +32,15 @@ KINDS = {
     "unrewarded": "without rewards",
 }  # fmt: skip
 GROUPS, EACH = 240, 40  # in a report; of one run and reason
-SIZES = ((8, 1_800_000), (4, 600_000), (2, 200_000), (1, 60_000))  # rollouts of a group, bytes of each: tried in turn
+FAIR = 10  # groups that have a place, however long their rollouts are
+SIZES = (
+    (8, 1_800_000),
+    (4, 1_800_000),
+    (3, 1_800_000),
+    (2, 1_800_000),
+    (1, 300_000),
+    (1, 40_000),
+)  # rollouts of a group, bytes of each: tried in turn
 
 
 @dataclass
@@ -77,13 +85,14 @@ def sample(session: Session, runs: Sequence[str], clipset: str | None, room: int
     found = Sample(n_groups=n_groups)
     reasons = {c["group_id"]: c.pop("reason") for c in candidates}
     pieces = spelling(session)
+    fair = room // min(FAIR, len(candidates) or 1)
     for group in read_groups(session, candidates, clipset, rollouts=SIZES[0][0], experts=beside, pieces=pieces):
-        if len(found.entries) == GROUPS or room < 2_000:
+        if len(found.entries) == GROUPS or room < fair // 4:
             break
         for rollouts, size in SIZES:
             payload = group.payload(rollouts, size)
             written = as_json(payload)
-            if (taken := len(written.encode())) <= room:
+            if (taken := len(written.encode())) <= (min(room, fair) if rollouts > 2 else room):
                 room -= taken
                 found.add(payload, REASONS[reasons[payload["group_id"]]], written)
                 break

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -23,7 +24,12 @@ def spell(ids: Sequence[int], pieces: Mapping[int, bytes]) -> tuple[str, list[in
     lengths = [0] * len(ids)
     owner = None  # the token in which a character began that is not complete yet
     for i, id in enumerate(ids):
-        text = decoder.decode(pieces.get(id, b""))
+        piece = pieces.get(id, b"")
+        if owner is None and (whole := _decoded(piece)) is not None:
+            texts.append(whole[0])
+            lengths[i] = whole[1]
+            continue
+        text = decoder.decode(piece)
         texts.append(text)
         if text and owner is not None:
             lengths[owner] += _length(text[0])
@@ -35,6 +41,16 @@ def spell(ids: Sequence[int], pieces: Mapping[int, bytes]) -> tuple[str, list[in
         texts.append(rest := decoder.decode(b"", final=True))
         lengths[owner] += _length(rest)
     return "".join(texts), lengths
+
+
+@lru_cache(1 << 18)
+def _decoded(piece: bytes) -> tuple[str, int] | None:
+    """A piece that is text on its own, and its length."""
+    try:
+        text = piece.decode()
+    except UnicodeDecodeError:
+        return None
+    return text, _length(text)
 
 
 def _length(text: str) -> int:
