@@ -59,12 +59,12 @@ class Answers:
     def ask(self, query: str, **params: Any) -> pl.DataFrame:
         """Of the chosen runs' policies."""
         only = {"run": self.runs[0]} if len(self.runs) == 1 else {}
-        frame = self._once(query, **params, **only)
+        frame = self.ask_once(query, **params, **only)
         return frame.filter(pl.col("run").is_in(self.runs))
 
     def experts(self, query: str) -> pl.DataFrame:
         """Of the experts of all runs: they solve problems, not steps of a run."""
-        return self._once(query, role="expert")
+        return self.ask_once(query, role="expert")
 
     @property
     def scorer(self) -> str:
@@ -79,17 +79,18 @@ class Answers:
         newest = self.session.sql("SELECT arg_max(id, version) AS id FROM cohorts GROUP BY name ORDER BY max(created_at) DESC")
         if not newest.height:
             raise Missing(NO_PROFILES if self.session.sql("SELECT 1 FROM scores LIMIT 1").height else NO_SCORES)
-        found = [self._once("entropy_profile", profile=id) for id in sorted(newest["id"].head(SERIES))]
+        found = [self.ask_once("entropy_profile", profile=id) for id in sorted(newest["id"].head(SERIES))]
         return pl.concat(found).with_columns(line="profile")
 
     def clipsets(self) -> pl.DataFrame:
         """The last made clip sets, in numbers."""
-        rows = self._once("clip_stats")
+        rows = self.ask_once("clip_stats")
         if not rows.height:
             raise Missing(NO_CLIPS)
         return rows.tail(CLIPSETS)
 
-    def _once(self, query: str, **params: Any) -> pl.DataFrame:
+    def ask_once(self, query: str, **params: Any) -> pl.DataFrame:
+        """Of the whole store."""
         key = query, tuple(sorted(params.items()))
         if key not in self.kept:
             frame = self.session.query(query, **params)

@@ -348,6 +348,13 @@ def test_without_rewards_scores_and_experts_the_page_names_the_commands(make_sto
     assert len(page.groups) == 12 and "Tokens have no colours" in page.text
 
 
+def test_without_lengths_no_cost_is_made_up(make_store, tmp_path):
+    rows = [{k: v for k, v in row.items() if k not in ("n_chars", "n_completion_tokens")} for row in told.steps(3)]
+    done, page = page_of(make_store(rows), tmp_path)
+    assert "of the groups taught nothing." in page.text and "cost" not in page.text.split("Runs")[0]
+    assert any(what.startswith("lengths: ") for what in done.missing)
+
+
 def test_scores_whose_vocabulary_is_unknown_leave_the_text_as_it_was(make_store, add_rows, tmp_path):
     rows = [{"rollout_id": f"r{i}", "problem": "p", "completion": f"text {i}", "sample": i, "reward": i} for i in (0, 1)]
     score = {

@@ -46,6 +46,7 @@ class _Main:
         self.judged = int(self.kinds["n_judged"].sum())
         self.degenerate = sum(int(self.kinds[kind].sum()) for kind in DEGENERATE)
         self.upstream = any("upstream" in (note or "") for note in self.kinds["note"])
+        self.wasted, self.total = int(self.cost["wasted"].sum()), int(self.cost["total"].sum())  # 0 where unknown
         self.unit = "tokens" if self.cost["unit"][0] == "tokens" else "characters"
 
     def ask(self, query: str) -> pl.DataFrame:
@@ -65,7 +66,8 @@ class _Main:
         since, share = since_when(self.kinds, 0.5)
         spent = self.cost if since is None else self.cost.filter(pl.col("step") >= since)
         when = "" if since is None else f" since step {since:,}"
-        return f"{percent(share)} of the groups taught nothing{when}; they cost {short(int(spent['wasted'].sum()))} {self.unit}"
+        cost = f"; they cost {short(int(spent['wasted'].sum()))} {self.unit}" if self.total else ""
+        return f"{percent(share)} of the groups taught nothing{when}{cost}"
 
     def reasons(self) -> str:
         words = {"all_fail": "all wrong", "all_success": "all right", "constant": "all given the same partial reward"}
@@ -94,7 +96,9 @@ class _Main:
 
     def figures(self) -> list[tuple[str, str]]:
         share = "unknown" if self.upstream else percent(self.degenerate / self.judged)
-        found = [(share, "of groups taught nothing"), (short(int(self.cost["wasted"].sum())), f"{self.unit} spent on them")]
+        found = [(share, "of groups taught nothing")]
+        if self.total:
+            found.append((short(self.wasted), f"{self.unit} spent on them"))
         found.append((_move(self.ask("reward_by_step").filter(pl.col("mean").is_not_null()), "mean", 3), "mean reward"))
         entropies = self.ask("entropy_by_step").filter(pl.col("median").is_not_null())
         entropies = entropies.filter(pl.col("scorer") == self.answers.scorer) if entropies.height else entropies

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+import polars as pl
+
 from echolab.chartdata import Answers, Missing
 from echolab.charts import Figure
 from echolab.report.findings import Finding, experts_table, ledger_table, runs_table
@@ -117,7 +119,18 @@ def clip_sets(answers: Answers) -> str:
         ]
         for row in rows
     ]  # fmt: skip
-    return table(head, lines)
+    return table(head, lines) + _overlap(answers.ask_once("clip_overlap"))
+
+
+def _overlap(rows: pl.DataFrame) -> str:
+    """Of the last two clip sets."""
+    if not rows.height:
+        return ""
+    found = rows.row(0, named=True)
+    sets = f"{found['a']} ({count(found['clips_a'], 'clip')}) and {found['b']} ({found['clips_b']:,})"
+    tokens = "" if found["jaccard_tokens"] is None else f"; of all their tokens {percent(found['jaccard_tokens'])} are in both"
+    both = f"{sets} have {count(found['clips_both'], 'clip')} in common{tokens}."
+    return f"<p>{escape(both)}</p>"
 
 
 def charted(
