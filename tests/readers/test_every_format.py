@@ -13,7 +13,7 @@ from echolab.readers import ONLY_SCORES, READERS, aside, choose, look
 
 FORMATS = [r.NAME for r in READERS]
 GENERATORS = sorted(
-    p.stem for p in (Path(__file__).parents[1] / "generators").glob("*.py") if p.stem not in ("models", "__init__")
+    p.stem for p in (Path(__file__).parents[1] / "generators").glob("*.py") if "def fixture(" in p.read_text("utf-8")
 )
 
 

@@ -39,7 +39,7 @@ def tokenizer():
 
 def test_an_epoch_takes_every_problem_once_in_an_order_of_its_own(tmp_path, tokenizer):
     tasks = Tasks.open(config(tmp_path), tokenizer, needs_gold=True)
-    epochs = [[p.prompt for p in tasks.take(10)] for _ in range(3)]
+    epochs = [[str(p.prompt) for p in tasks.take(10)] for _ in range(3)]
     assert [sorted(e) for e in epochs] == [sorted(epochs[0])] * 3 and len(set(epochs[0])) == 10
     assert epochs[0] != epochs[1] != epochs[2]
 
