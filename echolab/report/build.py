@@ -16,7 +16,7 @@ from echolab.coverage import label
 from echolab.drawing import Style, dress
 from echolab.errors import EcholabError
 from echolab.report import sections
-from echolab.report.choice import choose
+from echolab.report.choice import Choice, choose
 from echolab.report.findings import experts_table, finding
 from echolab.report.html import page, part, reader_index
 from echolab.report.sample import KINDS, SIZES, Sample, as_json, sample
@@ -60,32 +60,62 @@ def report(
     static: str | Path | None = None,
 ) -> Report:
     """Write the page of a store, of these runs or of all. With `static`, each chart also as SVG and PNG into that folder."""
-    bundle, out = _vega(), Path(out)
+    vega, out = _vega(), Path(out)
     choice = choose(snapshot, clipset, verifier, scorer, segmenter)
     with Session(snapshot, choice.options) as session:
-        answers = Answers.of(session, runs)
-        drawn, absent = draw(answers)
-        specs = {name: [as_json(_spec(figure)) for figure in figures] for name, figures in drawn.items()}
-        charts = sum(len(spec.encode()) for written in specs.values() for spec in written)
-        found = sample(session, answers.runs, choice.clipset, MOST_BYTES - SPARE - len(bundle) - charts)
-        if "problem_visits" in drawn:  # again, with dots
-            drawn["problem_visits"] = problem_visits(answers, PAGE, frozenset(found.payloads))
-            specs["problem_visits"] = [as_json(_spec(figure)) for figure in drawn["problem_visits"]]
-        missing = list(absent.values()) + ([] if experts_table(answers) else [NO_EXPERTS])
-        missing = list(dict.fromkeys(missing)) if answers.runs else []
-        notes = list(choice.notes)
-        if len(answers.runs) > SERIES:
-            notes.append(f"Charts show the {SERIES} largest of {len(answers.runs)} runs: `--run` chooses.")
-        body, data = _body(answers, choice.clipset, drawn, specs, absent, missing, notes, found)
-        written = page(
-            f"echolab: {_named(answers)}", body, [part("style.css")], [bundle, part("reader.js"), part("page.js")], data
-        ).encode()
+        content = _Content(Answers.of(session, runs), choice, MOST_BYTES - SPARE - len(vega))
+        scripts = [vega, part("reader.js"), part("page.js")]
+        title = f"echolab: {_named(content.answers)}"
+        written = page(title, content.body(), [part("style.css")], scripts, content.data()).encode()
         out.parent.mkdir(parents=True, exist_ok=True)
         unfinished = out.with_name(f"{out.name}.part")
         unfinished.write_bytes(written)
         unfinished.replace(out)
-        images = [] if static is None else write_images(answers, list(drawn), Path(static))
-    return Report(str(out), len(written), len(found.entries), found.n_groups, list(drawn), missing, notes, images)
+        charts = list(content.drawn)
+        images = [] if static is None else write_images(content.answers, charts, Path(static))
+    found = content.found
+    return Report(str(out), len(written), len(found.entries), found.n_groups, charts, content.missing, content.notes, images)
+
+
+class _Content:
+    """What stands on the page: its figures, and as many groups as fit into `room` bytes beside them."""
+
+    def __init__(self, answers: Answers, choice: Choice, room: int):
+        self.answers, self.clipset, self.notes = answers, choice.clipset, list(choice.notes)
+        if len(answers.runs) > SERIES:
+            self.notes.append(f"Charts show the {SERIES} largest of {len(answers.runs)} runs: `--run` chooses.")
+        self.drawn, self.absent = draw(answers)
+        self.specs = {name: list(map(_spec, figures)) for name, figures in self.drawn.items()}
+        room -= sum(len(spec.encode()) for specs in self.specs.values() for spec in specs)
+        self.found = sample(answers.session, answers.runs, self.clipset, room)
+        if "problem_visits" in self.drawn:  # again, with dots where there is something to read
+            self.drawn["problem_visits"] = problem_visits(answers, PAGE, frozenset(self.found.payloads))
+            self.specs["problem_visits"] = list(map(_spec, self.drawn["problem_visits"]))
+        without = [*self.absent.values(), *([] if experts_table(answers) else [NO_EXPERTS])]
+        self.missing = list(dict.fromkeys(without)) if answers.runs else []  # without a policy the headline says enough
+        tables = {"clips": sections.clip_sets(answers)}
+        self.charted, self.places = sections.charted(self.drawn, self.absent if answers.runs else {}, tables)
+
+    def body(self) -> str:
+        answers = self.answers
+        main = [
+            sections.runs(answers) if answers.runs else "",
+            self.charted,
+            sections.reader(_about_reader(answers.session, self.clipset, self.found)) if self.found.entries else "",
+            sections.sources(answers) if answers.session.snapshot.ledger.live else "",
+            sections.missing(self.missing),
+        ]
+        top = sections.top(finding(answers), f"echolab report · {_named(answers)}")
+        return f"{top}<main>{''.join(main)}</main>{sections.foot(self.notes, provenance(answers, self.clipset))}"
+
+    def data(self) -> dict[str, str]:
+        """JSON by the id of its element."""
+        charts = (f'"{place}":{self.specs[name][i]}' for place, (name, i) in self.places.items())
+        data = {"charts": "{" + ",".join(charts) + "}"}
+        if self.found.entries:
+            data["reader-index"] = reader_index(self.found.entries, self.found.scale(), KINDS)
+            data |= {f"g-{id}": payload for id, payload in self.found.payloads.items()}
+        return data
 
 
 @cache
@@ -111,42 +141,15 @@ def draw(answers: Answers, style: Style = PAGE) -> tuple[dict[str, list[Figure]]
     return drawn, absent
 
 
-def _spec(figure: Figure) -> dict[str, Any]:
+def _spec(figure: Figure) -> str:
+    """As Vega-Lite, in JSON."""
     about = f" · {figure.about}" if figure.about else ""
     chart = figure.chart.properties(
         width=PAGE.width,
         autosize={"type": "fit-x", "contains": "padding"},
         description=f"{figure.title}{about}. {figure.caption}",  # read aloud in place of the picture
     )
-    return dress(chart, PAGE).to_dict()
-
-
-def _body(
-    answers: Answers,
-    clipset: str | None,
-    drawn: Mapping[str, list[Figure]],
-    specs: Mapping[str, list[str]],
-    absent: Mapping[str, str],
-    missing: Sequence[str],
-    notes: Sequence[str],
-    found: Sample,
-) -> tuple[str, dict[str, str]]:
-    """The body of the page, and its data by id."""
-    charted, places = sections.charted(drawn, absent if answers.runs else {}, {"clips": sections.clip_sets(answers)})
-    main = [
-        sections.runs(answers) if answers.runs else "",
-        charted,
-        sections.reader(_about_reader(answers.session, clipset, found)) if found.entries else "",
-        sections.sources(answers) if answers.session.snapshot.ledger.live else "",
-        sections.missing(missing),
-    ]
-    top = sections.top(finding(answers), f"echolab report · {_named(answers)}")
-    body = f"{top}<main>{''.join(main)}</main>{sections.foot(notes, provenance(answers, clipset))}"
-    data = {"charts": "{" + ",".join(f'"{place}":{specs[name][i]}' for place, (name, i) in places.items()) + "}"}
-    if found.entries:
-        data["reader-index"] = reader_index(found.entries, found.scale(), KINDS)
-        data |= {f"g-{id}": payload for id, payload in found.payloads.items()}
-    return body, data
+    return as_json(dress(chart, PAGE).to_dict())
 
 
 def _named(answers: Answers) -> str:

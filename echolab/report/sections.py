@@ -38,6 +38,7 @@ CHARTED = (
     ),
     ("clips", "Clip sets", "", ("clip_stats",)),
 )
+MOST_RUNS = 40  # of the table
 SORTS = (("rate", "success rate"), ("newest", "newest visit"), ("change", "change"), ("problem", "name"))
 
 
@@ -70,7 +71,9 @@ def runs(answers: Answers) -> str:
     rows = runs_table(answers)
     if not any(row["note"] for row in rows):
         head = head[:-1]
-    content = table(head, [_run(row)[: len(head)] for row in rows])
+    content = table(head, [_run(row)[: len(head)] for row in rows[:MOST_RUNS]])
+    if len(rows) > MOST_RUNS:
+        content += f"<p>The {MOST_RUNS} largest of {len(rows):,} runs and splits.</p>"
     experts = experts_table(answers)
     if experts:
         head = [("experts", ""), ("rollouts", "n"), ("right", "n"), ("of the problems above, solved", "n")]
