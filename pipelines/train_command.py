@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from echolab.errors import EcholabError, WrongUsage
-from pipelines.options import JsonOption, argument, option, print_json
+from pipelines.options import JsonOption, argument, count, option, print_json, say
+
+if TYPE_CHECKING:
+    from trainer.config import TrainConfig
 
 Changes = Annotated[list[str] | None, option("Change a key: optimizer.lr=1e-5. May be repeated.", "--set", metavar="KEY=VALUE")]
 
@@ -53,6 +56,7 @@ def evaluate(
     against: Annotated[str | None, option("Another model, on the same questions.")] = None,
     n: Annotated[int | None, option("Completions of a question (those of the configuration).", "-n")] = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    profile: Annotated[str | None, option("Warn if a question is a problem of this profile of the run's store.")] = None,
     set_: Changes = None,
     json_: JsonOption = False,
 ) -> None:
@@ -67,6 +71,8 @@ def evaluate(
     resolved = load(config, set_ or ())
     if n is not None and n < 1:
         raise WrongUsage("-n is at least 1")
+    if profile is not None:
+        _warn(resolved, profile)
     found = compare(resolved, [against, model] if against else [model], n or resolved.evaluation.n, seed)
     if json_:
         print_json(found)
@@ -76,6 +82,17 @@ def evaluate(
         _print(name, values, found["n"])
     if d := found.get("difference"):
         print(f"\n--model minus --against: {d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}], p {d['p']:.3f}")
+
+
+def _warn(config: TrainConfig, profile: str) -> None:
+    import echolab
+    from echolab.profiles import overlap
+    from trainer.tasks import questions
+
+    with echolab.open(config.store) as lab:
+        o = overlap(lab.snapshot, profile, (str(q.get("prompt") or q.get("messages")) for q in questions(config)))
+    if o.shared:
+        say(f"warning: {len(o.shared):,} of {count(o.problems, 'problem')} of {o.profile} are among the {o.texts:,} questions")
 
 
 def _print(name: str, values: dict[str, Any], n: int) -> None:

@@ -102,7 +102,6 @@ class Step:
             "truncated": pa.array([not r.ended for r in self.rollouts]),
             "segment_ends": cuts["segment_ends"].take(at),
             "segment_entropies": cuts["segment_entropies"].take(at),
-            "n_tokens": pa.array([len(r.completion_ids) for r in self.rollouts], INT64),
             "degenerate": pa.array(np.asarray(degenerate, bool)),
             "run": pa.array([self.run] * len(self.rollouts), STRING),
             "step": pa.array([self.number] * len(self.rollouts), INT64),

@@ -67,12 +67,16 @@ def training(config: TrainConfig, tokenizer: Any, needs_gold: bool) -> list[Prob
 
 
 def held_out(config: TrainConfig, tokenizer: Any) -> list[Problem]:
-    """The problems of evaluation; mazes are of another seed than those of training."""
+    """The problems of evaluation, as tokens."""
+    return [problem(row, tokenizer, config.task.template) for row in questions(config)]
+
+
+def questions(config: TrainConfig) -> list[dict[str, Any]]:
+    """The rows of evaluation; mazes are of another seed than those of training."""
     e = config.evaluation
     if e.prompts is None:
         return []
-    rows = maze.problems(e.problems, e.levels, "held out") if e.prompts == "maze" else list(read(e.prompts, config.task.map))
-    return [problem(row, tokenizer, config.task.template) for row in rows]
+    return maze.problems(e.problems, e.levels, "held out") if e.prompts == "maze" else list(read(e.prompts, config.task.map))
 
 
 def stored(store: str, where: str | None) -> list[dict[str, Any]]:

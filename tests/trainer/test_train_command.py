@@ -52,13 +52,15 @@ def echolab(tmp_path, monkeypatch):
     save(new_model(0), tmp_path / "policy")
     (tmp_path / "run.toml").write_text(CONFIG)
 
-    def run(*words: str, refused: int = 0) -> str:
-        out, errors = io.StringIO(), io.StringIO()
-        with redirect_stdout(out), redirect_stderr(errors), pytest.raises(SystemExit) as e:
+    def run(*words: str, refused: int = 0, errors: list[str] | None = None) -> str:
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as e:
             monkeypatch.setattr(sys, "argv", ["echolab", *words])
             main()
-        assert (e.value.code or 0) == refused, errors.getvalue()
-        return errors.getvalue() if refused else out.getvalue()
+        assert (e.value.code or 0) == refused, err.getvalue()
+        if errors is not None:
+            errors.append(err.getvalue())
+        return err.getvalue() if refused else out.getvalue()
 
     return run
 
@@ -86,6 +88,16 @@ def test_two_models_are_compared_on_the_same_questions(echolab):
     assert 0 <= values["mean/low"] <= values["mean"] <= values["mean/high"] <= 1
     assert values["mean"] <= values["pass@2"] <= values["pass@4"]
     assert "--model minus --against: +0.0000" in echolab("evaluate", "run.toml", "--model", "policy", "--against", "policy")
+
+
+def test_a_question_that_is_a_problem_of_a_profile_is_warned_of(echolab):
+    from echolab.lab import Lab
+
+    echolab("train", "run.toml", "--set", "steps=1")
+    with Lab.open("store") as lab:
+        lab.profile("p", "split = 'eval'", bootstrap=0)
+    echolab("evaluate", "run.toml", "--model", "policy", "--profile", "p", "-n", "1", errors=(said := []))
+    assert "warning: 4 of 4 problems of p@1 are among the 4 questions" in said[0]
 
 
 def test_the_configuration_is_shown_with_its_texts_and_reads_back_as_it_was(echolab, tmp_path):
