@@ -104,6 +104,7 @@ def test_ctrl_c_keeps_what_was_judged_and_leaves_nobody_behind(ingested):
     deadline = time.monotonic() + 60
     while len(children := psutil.Process(process.pid).children(recursive=True)) < 5 and time.monotonic() < deadline:
         time.sleep(0.1)  # a server, two workers that hang, and two in their place
+    time.sleep(2)  # in which these judge what is left
     process.send_signal(signal.SIGINT)
     assert (process.communicate(timeout=60)[1].splitlines()[-1], process.returncode) == ("echolab: interrupted", 130)
     assert not [p for p in psutil.wait_procs(children, timeout=20)[1] if p.status() != psutil.STATUS_ZOMBIE]
