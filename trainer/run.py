@@ -83,7 +83,7 @@ class Run:
             config=config,
             algorithm=row,
             policy=model,
-            reference=_reference(config, model) if row.beta else None,
+            reference=_reference(config) if row.beta else None,
             engine=TorchEngine(model.model, model.eos, config.sampling.rows),
             judge=judge,
             tasks=tasks,
@@ -151,7 +151,7 @@ class Run:
             raise EcholabError(f"no finite gradient in {self.bad} steps in a row: lower optimizer.lr; {last}")
 
 
-def _reference(config: TrainConfig, model: Scorer) -> Scorer:
+def _reference(config: TrainConfig) -> Scorer:
     """The policy as it was before the first step."""
     frozen = policy.load(config.model, config.sampling.temperature)
     frozen.model.requires_grad_(False)
