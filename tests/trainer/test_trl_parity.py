@@ -24,13 +24,14 @@ from datasets import Dataset  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from torch.nn.utils.rnn import pad_sequence  # noqa: E402
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
-from trl.rewards.other_rewards import get_soft_overlong_punishment  # noqa: E402
 
 from echolab.entropy import batching  # noqa: E402
 from echolab.entropy.head import Head, token_logprobs  # noqa: E402
 from trainer.advantages import advantages, soft_overlong  # noqa: E402
 from trainer.algorithms import Algorithm, choose  # noqa: E402
 from trainer.objective import Batch, denominators, objective  # noqa: E402
+
+get_soft_overlong_punishment = pytest.importorskip("trl.rewards.other_rewards").get_soft_overlong_punishment
 
 VOCABULARY, ROWS, WIDTH, LONGEST, TEMPERATURE = 64, 4, 9, 12, 0.7
 PROMPTS = [[5, 6, 7], [5, 6, 7], [8, 9], [8, 9]]
