@@ -50,6 +50,9 @@ class TaskConfig(Section):
     where: str | None = None
     """With `store`: a condition on its view `problems`, such as `success_rate BETWEEN 0.1 AND 0.9`."""
 
+    verdicts: str | None = None
+    """With `store`: a verifier whose verdicts count in `where` in place of the recorded rewards."""
+
     refresh: int | None = Field(default=None, ge=1)
     """With `store`: ask again after so many steps."""
 
@@ -207,6 +210,9 @@ class TrainConfig(Section):
 
     steps: int = Field(ge=1)
     """Steps of the run."""
+
+    until_degenerate: float | None = Field(default=None, gt=0, le=1)
+    """End earlier, once this share of the groups of the last 12 steps was degenerate: the prompts have little left to teach."""
 
     seed: int = 0
     """Of everything that is drawn."""

@@ -20,11 +20,11 @@ from trainer import checkpoint, evaluate
 from trainer.advantages import Advantages, advantages, soft_overlong, varied_groups
 from trainer.config import TrainConfig
 from trainer.metrics import Metrics
-from trainer.objective import Batch, Clips, ClipTerm, policy_mask
+from trainer.objective import Batch, Clips, ClipTerm, policy_mask, reach
 from trainer.policy import Rows, all_logprobs
 from trainer.replay import Clip
 from trainer.rollouts import Step
-from trainer.run import Run
+from trainer.run import WINDOW, Run
 from trainer.sampling import sample
 from trainer.update import backward, gradients, step_optimizer
 
@@ -37,16 +37,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
         try:
             if run.step == 0 and run.held_out:
                 log.log(0, evaluate.during(run))
-            while run.step < config.steps:
+            while not run.done:
                 values = one_step(run, run.step + 1)
                 run.step += 1
-                if run.held_out and (run.step % config.evaluation.every == 0 or run.step == config.steps):
+                run.shares = [*run.shares, values["degenerate"]][-WINDOW:]
+                if run.held_out and (run.step % config.evaluation.every == 0 or run.done):
                     values |= evaluate.during(run)
                 values["seconds"] = time.perf_counter() - began[0]
                 log.log(run.step, values)
                 run.warn(values)
-                log.show(run.step, config.steps, values, _left(began, run.step, config.steps))
-                if run.step % config.checkpoint.every == 0 or run.step == config.steps:
+                last = run.step if run.done else config.steps
+                log.show(run.step, last, values, _left(began, run.step, last))
+                if run.step % config.checkpoint.every == 0 or run.done:
                     run.save()
         except KeyboardInterrupt:
             run.save()
@@ -69,7 +71,8 @@ def one_step(run: Run, number: int) -> dict[str, Any]:
     clips = _clips(run, step, judged)
     replayed = run.buffer.draw(round(config.replay.ratio * len(step.rollouts)), number) if run.replays else []
     clock.lap("select")
-    values = {**step.metrics(), "groups/kept": float(kept.sum()) / len(step.rollouts) * len(step.groups.unique())}
+    run.judged(step.rollouts)
+    values = {**step.metrics(run.failure), "groups/kept": float(kept.sum()) / len(step.rollouts) * len(step.groups.unique())}
     values |= learn(run, step, judged, kept, clips, replayed, number)
     clock.lap("update")
     run.recorder.put(step, judged.values)
@@ -159,13 +162,15 @@ def learn(
     )
     batch, terms = _batch(run, step, rows, judged, kept, chosen, replayed, number)
     parts = _mini_batches(step, len(replayed), config.optimizer.updates)
-    if len(parts) > 1 or (row.beta and row.kl == "reward"):  # else the log-probs before the update are those of the update
-        before = all_logprobs(run.policy, rows, batch.mask.any(1).nonzero()[:, 0], config.optimizer.micro_tokens)[0]
-        batch = replace(batch, old=before)
+    in_reward = row.beta > 0 and row.kl == "reward"
+    known = batch.mask.any(1) & (in_reward | (reach(batch, row, terms) > 0))
+    passed: Any = rows, known.nonzero()[:, 0], config.optimizer.micro_tokens
+    if len(parts) > 1 or in_reward:  # else the log-probs before the update are those of the update
+        batch = replace(batch, old=all_logprobs(run.policy, *passed)[0])
     if row.beta and run.reference is not None:
-        reference = all_logprobs(run.reference, rows, batch.mask.any(1).nonzero()[:, 0], config.optimizer.micro_tokens)[0]
+        reference = all_logprobs(run.reference, *passed)[0]
         batch = replace(batch, reference=reference)
-        if row.kl == "reward" and batch.old is not None:
+        if in_reward and batch.old is not None:
             n = len(step.rollouts)
             penalised = _advantages(run, step, row.beta * (batch.old - reference)[:n, : int(rows.lengths[:n].max())])
             batch = replace(batch, advantages=_padded(penalised.values, rows, len(replayed)))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +24,12 @@ from trainer.config import TrainConfig
 from trainer.judge import Judge
 from trainer.metrics import Watch
 from trainer.record import Recorder
-from trainer.replay import Buffer, read_export
-from trainer.rollouts import Problem
+from trainer.replay import Buffer, stored
+from trainer.rollouts import Problem, Rollout
 from trainer.tasks import Tasks, held_out
 
 CONFIG = "config.json"
+WINDOW = 12  # steps of which `until_degenerate` takes the mean
 
 
 @dataclass(eq=False)
@@ -50,6 +52,8 @@ class Run:
     step: int = 0  # that is done
     best: tuple[float, int] | None = None  # evaluation, and its step
     bad: int = 0  # steps in a row without a finite gradient
+    failure: float = 0.0  # the reward of a plain failure, see `judged`
+    shares: list[float] = field(default_factory=list)  # of degenerate groups, in the last steps
     facts: dict[str, Any] = field(default_factory=dict)  # the newest evaluation
 
     @property
@@ -59,6 +63,13 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    @property
+    def done(self) -> bool:
+        """After the last step, or once the prompts have little left to teach."""
+        until = self.config.until_degenerate
+        exhausted = until is not None and len(self.shares) == WINDOW and sum(self.shares) >= until * WINDOW - 1e-9
+        return exhausted or self.step >= self.config.steps
 
     @property
     def replays(self) -> bool:
@@ -78,7 +89,7 @@ class Run:
         judge = Judge(config.task.verifier, config.task.options, config.task.timeout)
         tasks = Tasks.open(config, model.tokenizer, judge.verifier.needs_gold)
         source = config.replay.source
-        clips = read_export(source, model.vocab.tokenizer) if source not in (None, "run") and not found else ()
+        clips = stored(source, config.store, model.vocab.tokenizer) if source not in (None, "run") and not found else ()
         run = cls(
             config=config,
             algorithm=row,
@@ -115,6 +126,8 @@ class Run:
             "watch": self.watch.state(),
             "random": torch.get_rng_state(),
             "bad": self.bad,
+            "shares": self.shares,
+            "failure": self.failure,
         }
         facts = {"run": self.config.run, "best": self.best, "evaluation": self.facts}
         place = checkpoint.save(self.checkpoints, self.step, self.policy.model, self.policy.tokenizer, state, facts)
@@ -128,9 +141,14 @@ class Run:
         self.buffer.restore(state["buffer"])
         self.watch.restore(state["watch"])
         torch.set_rng_state(state["random"])
-        self.bad, self.step = state["bad"], facts["step"]
+        self.bad, self.shares, self.failure = state["bad"], state["shares"], state["failure"]
+        self.step = facts["step"]
         self.best = tuple(facts["best"]) if facts["best"] else None
         self.facts = facts["evaluation"]
+
+    def judged(self, rollouts: Iterable[Rollout]) -> None:
+        """A failure's reward is 0, or the run's lowest where rewards are negative, as the store has it."""
+        self.failure = min([self.failure, *(r.reward for r in rollouts if not math.isnan(r.reward))])
 
     def evaluated(self, values: dict[str, float]) -> None:
         """Remember the newest figures, and the step of the best."""

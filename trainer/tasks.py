@@ -55,7 +55,7 @@ def training(config: TrainConfig, tokenizer: Any, needs_gold: bool) -> list[Prob
     if task.prompts == "maze":
         rows = maze.problems(task.problems, task.levels, config.seed)
     elif task.prompts == "store":
-        rows = stored(config.store, task.where)
+        rows = stored(config.store, task.where, task.verdicts)
     else:
         rows = list(read(task.prompts, task.map))
     if not rows:
@@ -79,7 +79,7 @@ def questions(config: TrainConfig) -> list[dict[str, Any]]:
     return maze.problems(e.problems, e.levels, "held out") if e.prompts == "maze" else list(read(e.prompts, config.task.map))
 
 
-def stored(store: str, where: str | None) -> list[dict[str, Any]]:
+def stored(store: str, where: str | None, verifier: str | None = None) -> list[dict[str, Any]]:
     """Problems that a store knows, each with its prompt and answer from one of its rollouts."""
     with echolab.open(store) as lab:
         frame = lab.sql(
@@ -87,7 +87,8 @@ def stored(store: str, where: str | None) -> list[dict[str, Any]]:
               arg_min(r.ground_truth, r.rollout_id) AS ground_truth, arg_min(r.source, r.rollout_id) AS source
             FROM (SELECT DISTINCT problem_id FROM problems WHERE ({where or "true"})) p
             JOIN rollouts r ON r.problem_id = p.problem_id
-            GROUP BY p.problem_id ORDER BY p.problem_id"""
+            GROUP BY p.problem_id ORDER BY p.problem_id""",
+            verifier=verifier,
         )
     return frame.to_dicts()
 

@@ -232,6 +232,13 @@ def test_ctrl_c_leaves_a_checkpoint_that_the_run_goes_on_from(config, monkeypatc
     assert same(whole, c)
 
 
+def test_a_run_ends_once_its_prompts_have_nothing_left_to_teach_and_stays_ended(config):
+    easy = {"task": {"verifier": "python:trainer_functions:easy"}, "until_degenerate": 0.99}
+    assert train(config(steps=40, **easy))["steps"] == 12  # so many steps tell
+    assert train(config(steps=40, **easy))["steps"] == 12
+    assert [row["step"] for row in logged(config())] == [*range(1, 13)]
+
+
 def test_a_folder_belongs_to_one_configuration(config):
     train(config(steps=1))
     with pytest.raises(EcholabError, match=r"holds a run with optimizer.lr = 0.001, not 0.01: give another `out`"):

@@ -86,7 +86,10 @@ def test_problems_of_a_store_are_chosen_by_how_they_fared_and_asked_for_again(tm
         more = tmp_path / "more.jsonl"
         more.write_text("".join(json.dumps({**rows[0], "completion": f"{k}", "reward": float(k)}) + "\n" for k in range(2)))
         lab.ingest(more, run="before", step=2)
-    assert {p.prompt for p in tasks.take(6)} == {r["prompt"] for r in rows[:3]}
+        assert {p.prompt for p in tasks.take(6)} == {r["prompt"] for r in rows[:3]}
+        lab.verify("python:trainer_functions:easy")  # all are right
+    judged = config(tmp_path, prompts="store", where="success_rate = 1", verdicts="python:trainer_functions:easy")
+    assert len(Tasks.open(judged, tokenizer, needs_gold=True).problems) == 4
 
 
 @pytest.mark.parametrize(
