@@ -37,6 +37,7 @@ def during(run: Run) -> dict[str, float]:
     if config.greedy:
         greedy = rollouts(run, run.held_out, 1, Sampling(temperature=0.0, max_tokens=sampling.max_tokens), 0, keys)
         values["eval/greedy"] = float(np.mean([r.success for r in greedy]))
+    run.judged(drawn)
     run.recorder.put_evaluation(run.step, drawn)
     run.evaluated(values)
     return values

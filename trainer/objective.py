@@ -2,9 +2,10 @@
 
     LOSS = AGG[w * pg + beta * kl] - entropy * MEAN[H] + sum over terms of coefficient * REDUCE[nll of clips]
 
-`Batch` holds what is known of the rows before the model runs. `denominators` counts once over the whole step, `contributing`
-says which rows need a pass at all, and `objective` turns the log-probs of a micro-batch into its share of the loss. No number
-here depends on how a step is cut into micro-batches, how far rows are padded, or how they are ordered: the shares add up."""
+`Batch` holds what is known of the rows before the model runs. `denominators` counts once over the whole step, `reach` says
+how far each row has to be computed, if at all, and `objective` turns the log-probs of a micro-batch into its share of the
+loss. No number here depends on how a step is cut into micro-batches, how far rows are padded, or how they are ordered: the
+shares add up."""
 
 from __future__ import annotations
 
@@ -57,6 +58,11 @@ class Batch:
     reference: Tensor | None = None  # [N, T] log-probs of the reference policy
     clips: Mapping[str, Clips] = field(default_factory=dict)
 
+    def up_to(self, lengths: Tensor) -> Batch:
+        """Only the first tokens of each row count."""
+        places = torch.arange(self.mask.shape[1], device=lengths.device)
+        return replace(self, mask=self.mask & (places < lengths[:, None]))
+
     def take(self, rows: Tensor, width: int | None = None) -> Batch:
         """Some of the rows, cut to a width, with the clips that lie on them."""
         place = torch.full((len(self.mask),), -1, device=rows.device).scatter(
@@ -85,17 +91,20 @@ def policy_mask(response: Tensor, used: Tensor, truncated: Tensor | None = None)
     return response & rows[:, None]
 
 
-def contributing(batch: Batch, algorithm: Algorithm, terms: Iterable[ClipTerm] = ()) -> Tensor:
-    """[N] bool: rows that can have a gradient. The others need no pass; they still count in the denominators."""
-    has_tokens, advantages = batch.mask.any(1), batch.advantages
-    has_advantage = (advantages != 0) if advantages.ndim == 1 else ((advantages != 0) & batch.mask).any(1)
+def reach(batch: Batch, algorithm: Algorithm, terms: Iterable[ClipTerm] = ()) -> Tensor:
+    """[N]: how many tokens of each row can have a gradient, counted from the first. Rows without any need no pass, and those
+    that only carry clips none behind their clips; all of them still count in the denominators."""
+    advantages = batch.advantages if batch.advantages.ndim == 2 else batch.advantages[:, None]
     pulled = algorithm.entropy > 0 or (kl_in_loss(algorithm) and algorithm.kl_rows == "all")
-    rows = has_tokens if pulled else has_tokens & has_advantage
+    rows = batch.mask.any(1) if pulled else ((advantages != 0) & batch.mask).any(1)
+    places = torch.arange(1, batch.mask.shape[1] + 1, device=rows.device)
+    found = torch.where(rows, (batch.mask * places).amax(1), 0)
     for term in terms:
         if term.coefficient and term.name in batch.clips:
             clips = batch.clips[term.name]
-            rows = rows.index_fill(0, clips.rows[clips.mask.any(1) & (clips.weight != 0)], True)
-    return rows
+            ends = (clips.mask * (clips.weight != 0)[:, None] * places).amax(1)
+            found = found.scatter_reduce(0, clips.rows, ends, "amax")
+    return found
 
 
 def denominators(

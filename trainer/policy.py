@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +47,10 @@ class Rows:
         for row, (prompt, completion) in enumerate(pairs):
             tokens[row, : len(prompt) + len(completion)] = torch.tensor([*prompt, *completion])
         return cls(tokens, prompts, lengths)
+
+    def up_to(self, lengths: Tensor) -> Rows:
+        """Only the first tokens of each completion."""
+        return replace(self, lengths=torch.minimum(self.lengths, lengths))
 
     @property
     def width(self) -> int:

@@ -12,8 +12,15 @@ import numpy as np
 import pyarrow.dataset as ds
 from pydantic import ConfigDict, Field
 
+import echolab
+from echolab.clips.facts import batches
 from echolab.config import Config
 from echolab.errors import EcholabError
+from echolab.named import find
+
+_COLUMNS = (
+    "clip_id", "prompt_ids", "clip_ids", "clip_mask", "weight", "problem_id", "tokenizer", "peak_entropy", "split",
+)  # fmt: skip
 
 
 class ReplayConfig(Config):
@@ -22,7 +29,8 @@ class ReplayConfig(Config):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     source: str | None = None
-    """A folder written by `echolab export --to replay`, or `run`: the clips of this run's own steps. None: no replay."""
+    """`clipset:NAME`: a clip set of the run's store. A folder written by `echolab export --to replay`. `run`: the clips of this
+    run's own steps. None: no replay."""
 
     coefficient: float = Field(0.001, ge=0)
     """The weight of the clips' loss."""
@@ -126,18 +134,34 @@ class Buffer:
         self.clips = {c["clip_id"]: Clip(**c) for c in state}
 
 
-def read_export(folder: str | Path, tokenizer: str) -> Iterator[Clip]:
-    """The training clips of a replay export. Clips of another tokenizer are refused: their ids mean other text."""
+def stored(source: str, store: str, tokenizer: str) -> Iterator[Clip]:
+    """The training clips that `replay.source` names. Those of another tokenizer are refused: their ids mean other text."""
+    kind, colon, name = source.partition(":")
+    for row in _of_clipset(store, name) if colon and kind == "clipset" else _of_export(source):
+        if row["tokenizer"] != tokenizer:
+            raise EcholabError(
+                f"the clips of {source} were made with tokenizer {row['tokenizer']}, the model has {tokenizer}: mine them"
+                " with a scorer of this model's tokenizer"
+            )
+        if row["prompt_ids"] is None or row["clip_ids"] is None:
+            raise EcholabError(f"clip {row['clip_id']} of {source} has no token ids: leave it out with an export's --where")
+        weight = 1.0 if row["weight"] is None else row["weight"]
+        fields = row["prompt_ids"], row["clip_ids"], row["clip_mask"], weight, row["problem_id"]
+        yield Clip(row["clip_id"], *fields, entropy=row.get("peak_entropy"))
+
+
+def _of_export(folder: str) -> Iterator[dict[str, Any]]:
     files = sorted(Path(folder).glob("train*.parquet"))
     if not files:
         raise EcholabError(
-            f"{folder} is no replay export: make one with `echolab export --clipset NAME --to replay --out {folder}`"
+            f"{folder} is no replay export: make one with `echolab export --clipset NAME --to replay --out {folder}`, or name a"
+            " clip set of the store as clipset:NAME"
         )
     for batch in ds.dataset([str(f) for f in files]).to_batches():
-        for row in batch.to_pylist():
-            if row["tokenizer"] != tokenizer:
-                raise EcholabError(
-                    f"the clips of {folder} were made with tokenizer {row['tokenizer']}, the model has {tokenizer}: mine them"
-                    " with a scorer of this model's tokenizer"
-                )
-            yield Clip(row["clip_id"], row["prompt_ids"], row["clip_ids"], row["clip_mask"], row["weight"], row["problem_id"])
+        yield from batch.to_pylist()
+
+
+def _of_clipset(store: str, name: str) -> Iterator[dict[str, Any]]:
+    with echolab.open(store) as lab:
+        for batch in batches(lab.snapshot, find(lab.snapshot, "clipset", name).label, _COLUMNS):
+            yield from (row for row in batch.to_pylist() if row["split"] in (None, "train"))

@@ -112,8 +112,8 @@ class Step:
             columns["n_thinking"] = pa.array(thinking(pa.array([r.completion_ids for r in self.rollouts], TOKEN_IDS), vocab))
         return pa.table(columns)
 
-    def metrics(self) -> dict[str, float]:
-        """Means over what was sampled."""
+    def metrics(self, failure: float) -> dict[str, float]:
+        """Means over what was sampled; `failure` is the reward of a plain failure."""
         rewards = [r.reward for r in self.rollouts if not math.isnan(r.reward)]
         tokens = [len(r.completion_ids) for r in self.rollouts]
         return {
@@ -124,11 +124,11 @@ class Step:
             "entropy": float(np.concatenate([r.entropies for r in self.rollouts]).mean()),
             "tokens": float(sum(tokens)),
             "rounds": float(self.rounds),
-            **self._kinds(),
+            **self._kinds(failure),
         }
 
-    def _kinds(self) -> dict[str, float]:
-        """Shares of the groups with more than one rewarded rollout, by kind; failures are those without a success."""
+    def _kinds(self, failure: float) -> dict[str, float]:
+        """Shares of the groups with more than one rewarded rollout, by kind, as the store has them."""
         count = {"all_success": 0, "all_fail": 0, "constant": 0, "mixed": 0}
         found: dict[int, list[float]] = {}
         for r in self.rollouts:
@@ -141,6 +141,6 @@ class Step:
             elif min(rewards) >= SUCCESS - TOLERANCE:
                 count["all_success"] += 1
             else:
-                count["all_fail" if abs(min(rewards)) <= TOLERANCE else "constant"] += 1
+                count["all_fail" if abs(min(rewards) - failure) <= TOLERANCE else "constant"] += 1
         shares = {f"groups/{kind}": n / len(judged) if judged else math.nan for kind, n in count.items()}
         return {"degenerate": 1 - shares["groups/mixed"], **shares}

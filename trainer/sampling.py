@@ -49,7 +49,7 @@ def rollouts(
     ended = [reason == "stop" for reason in drawn.finish_reason]
     rewards = run.judge(list(zip(asked, texts, strict=True)))
     if run.config.task.require_end:
-        rewards = [r if e or math.isnan(r) else 0.0 for r, e in zip(rewards, ended, strict=True)]
+        rewards = [r if e or math.isnan(r) else min(r, 0.0) for r, e in zip(rewards, ended, strict=True)]
     return [
         Rollout(
             problem=asked[i],

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from echolab.entropy.scorer import Scorer
 from trainer.algorithms import Algorithm
-from trainer.objective import Batch, ClipTerm, Metrics, contributing, denominators, objective
+from trainer.objective import Batch, ClipTerm, Metrics, denominators, objective, reach
 from trainer.policy import Rows, logprobs, micro_batches
 
 
@@ -28,9 +28,10 @@ def backward(
     only: str | None = None,
 ) -> Metrics:
     """Add the gradient of the step's loss, or of `only` one of its components, to what the parameters hold. Rows that have
-    none get no pass."""
+    none get no pass, and no row one beyond its last token that has."""
     divisors = denominators([batch], algorithm, terms, longest=longest, groups=groups)
-    chosen = contributing(batch, algorithm, terms).nonzero()[:, 0]
+    needed = reach(batch, algorithm, terms)
+    rows, batch, chosen = rows.up_to(needed), batch.up_to(needed), needed.nonzero()[:, 0]
     total = Metrics()
     for part in micro_batches(rows, chosen, tokens):
         logp, entropy = logprobs(policy, rows, part, entropy_grad=algorithm.entropy > 0)

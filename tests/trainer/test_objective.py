@@ -25,10 +25,10 @@ from trainer.objective import (  # noqa: E402
     Clips,
     ClipTerm,
     Metrics,
-    contributing,
     denominators,
     objective,
     policy_mask,
+    reach,
 )
 
 NAN = math.nan
@@ -298,32 +298,34 @@ def test_neither_micro_batches_nor_padding_nor_order_change_the_step(seed, name,
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 10**6), st.sampled_from(sorted(ALGORITHMS)), st.sampled_from([{}, EVERYTHING, {"beta": 0.1}]))
-def test_rows_that_do_not_contribute_have_no_gradient_and_may_be_left_out(seed, name, changes):
+def test_what_lies_behind_a_rows_reach_has_no_gradient_and_may_be_left_out(seed, name, changes):
     logp, entropy, batch = random_case(seed)
     algorithm = choose(name, **changes, kl="k3", kl_rows="advantage" if seed % 2 else "all")
     terms = (TERMS[0], replace(TERMS[1], coefficient=0.0))
     divisors = denominators([batch], algorithm, terms, longest=LONGEST, groups=5)
     x = logp.clone().requires_grad_()
     objective(x, batch, algorithm, divisors, terms, entropy).total.backward()
-    needed = contributing(batch, algorithm, terms)
+    needed = reach(batch, algorithm, terms)
+    behind = torch.arange(7) >= needed[:, None]
     assert x.grad is not None
-    assert (x.grad[~needed] == 0).all()
-    y = logp.clone().requires_grad_()
+    assert (x.grad[behind] == 0).all()
+    y = logp.clone().masked_fill(behind, NAN).requires_grad_()
     rows = needed.nonzero()[:, 0]
-    objective(y[rows], batch.take(rows), algorithm, divisors, terms, entropy[rows]).total.backward()
+    objective(y[rows], batch.up_to(needed).take(rows), algorithm, divisors, terms, entropy[rows]).total.backward()
     torch.testing.assert_close(y.grad, x.grad)
 
 
 def test_without_anything_else_rows_without_advantage_need_no_pass():
     batch = Batch(torch.ones(4, 2, dtype=torch.bool), torch.tensor([1.0, 0.0, 0.0, -1.0]))
-    assert contributing(batch, ALGORITHMS["grpo"]).tolist() == [True, False, False, True]
-    batch = replace(batch, clips={"echo": Clips(torch.tensor([2]), torch.ones(1, 2, dtype=torch.bool), torch.ones(1))})
-    assert contributing(batch, ALGORITHMS["grpo"], [ClipTerm("echo", 0.1)]).tolist() == [True, False, True, True]
-    assert contributing(batch, ALGORITHMS["grpo"], [ClipTerm("echo", 0.0)]).tolist() == [True, False, False, True]
-    assert contributing(batch, choose("grpo", entropy=0.1)).all()
-    assert contributing(batch, choose("grpo", beta=0.1)).all()
-    assert not contributing(batch, choose("grpo", beta=0.1, kl_rows="advantage"))[1]
-    assert not contributing(batch, choose("rloo_tok", beta=0.1))[1]
+    assert reach(batch, ALGORITHMS["grpo"]).tolist() == [2, 0, 0, 2]
+    clip = torch.tensor([[True, False], [False, False]])
+    batch = replace(batch, clips={"echo": Clips(torch.tensor([2, 1]), clip, torch.ones(2))})
+    assert reach(batch, ALGORITHMS["grpo"], [ClipTerm("echo", 0.1)]).tolist() == [2, 0, 1, 2]  # no further than the clip
+    assert reach(batch, ALGORITHMS["grpo"], [ClipTerm("echo", 0.0)]).tolist() == [2, 0, 0, 2]
+    assert reach(batch, choose("grpo", entropy=0.1)).tolist() == [2] * 4
+    assert reach(batch, choose("grpo", beta=0.1)).tolist() == [2] * 4
+    assert reach(batch, choose("grpo", beta=0.1, kl_rows="advantage"))[1] == 0
+    assert reach(batch, choose("rloo_tok", beta=0.1))[1] == 0
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -339,7 +341,7 @@ def test_a_fully_masked_batch_is_a_finite_zero_with_a_graph(name):
     assert value == 0
     assert (grad == 0).all()
     assert all(math.isfinite(v) for v in found.metrics.values().values())
-    assert not contributing(batch, everything(name), terms).any()
+    assert not reach(batch, everything(name), terms).any()
 
 
 def test_rows_without_tokens_are_not_counted_unless_the_caller_says_so():

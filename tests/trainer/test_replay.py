@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from echolab.errors import EcholabError
-from trainer.replay import Buffer, Clip, ReplayConfig, read_export
+from trainer.replay import Buffer, Clip, ReplayConfig, stored
 
 
 def clip(number: int, **fields) -> Clip:
@@ -83,8 +83,8 @@ def export(folder, tokenizer="t"):
 
 def test_an_export_is_read_and_one_of_another_tokenizer_refused(tmp_path):
     export(tmp_path / "e")
-    assert list(read_export(tmp_path / "e", "t")) == [Clip("c", [1], [2, 3], [True, False], 2.0, "p")]
+    assert list(stored(f"{tmp_path}/e", "no store", "t")) == [Clip("c", [1], [2, 3], [True, False], 2.0, "p")]
     with pytest.raises(EcholabError, match="were made with tokenizer t, the model has u"):
-        list(read_export(tmp_path / "e", "u"))
+        list(stored(f"{tmp_path}/e", "no store", "u"))
     with pytest.raises(EcholabError, match="is no replay export: make one with"):
-        list(read_export(tmp_path / "none", "t"))
+        list(stored(f"{tmp_path}/none", "no store", "t"))

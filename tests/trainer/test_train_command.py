@@ -13,9 +13,11 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from echolab.errors import EcholabError
 from pipelines.cli import main
 from trainer.config import PRESETS, load, show
 from trainer.pretrain import new_model, save
+from trainer.replay import stored
 
 CONFIG = """
 out = "run"
@@ -78,6 +80,17 @@ def test_the_loop_closes(echolab):
     assert last["replay/clips"] > 0 and last["loss/replay"] > 0
     runs = json.loads(echolab("sql", "SELECT run, count(*) AS n FROM rollouts GROUP BY run ORDER BY run", "--json"))["rows"]
     assert [r["run"] for r in runs] == ["a", "b"]
+    # The clip set itself, from the store: the same clips, and so the same run.
+    replay = ("--set", "replay.source=clipset:c", "--set", "replay.coefficient=0.5")
+    echolab("train", "run.toml", "--set", "run=b", "--set", "out=direct", *replay)
+    direct = json.loads(Path("direct/metrics.jsonl").read_text().splitlines()[-1])
+    assert [direct[k] for k in ("replay/nll", "replay/tokens", "grad_norm")] == [
+        last[k] for k in ("replay/nll", "replay/tokens", "grad_norm")
+    ]
+    with pytest.raises(EcholabError, match="the clips of clipset:c were made with tokenizer .*, the model has another"):
+        list(stored("clipset:c", "store", "another"))
+    said = echolab("train", "run.toml", "--set", "out=none", "--set", "replay.source=clipset:d", refused=1)
+    assert "no clip set 'd'" in said and "c@1" in said
 
 
 def test_two_models_are_compared_on_the_same_questions(echolab):
