@@ -28,6 +28,7 @@ NO_STEPS = "training steps to compare: `echolab ingest --step N` gives a step to
 NO_SCORES = "token entropies: `echolab score --model MODEL` computes them"
 NO_EXPERTS = "expert rollouts: `echolab ingest PATH --run NAME --role expert` reads golden solutions"
 NO_PROFILES = "profiles: `echolab profile --name NAME --where \"role = 'expert' AND success\"` makes one"
+NO_ARMS = "arms to compare: `echolab train` with runs named NAME-s0, NAME-s1, ... that are evaluated at the same steps"
 NO_CLIPS = "clip sets: `echolab mine --name NAME` makes one from what is scored"
 
 
@@ -88,6 +89,15 @@ class Answers:
         if not rows.height:
             raise Missing(NO_CLIPS)
         return rows.tail(CLIPSETS)
+
+    def arms(self) -> pl.DataFrame:
+        """Arms of an experiment against its base, which comes first; the rows without a source are all sources."""
+        rows = self.ask_once("arms")
+        chosen = pl.col("runs").list.set_intersection(list(self.runs)).list.len() > 0
+        rows = rows.filter(chosen | (pl.col("arm") == pl.col("base")))
+        if rows["arm"].n_unique() < 2:
+            raise Missing(NO_ARMS)
+        return rows
 
     def ask_once(self, query: str, **params: Any) -> pl.DataFrame:
         """Of the whole store."""

@@ -27,6 +27,7 @@ from echolab.drawing import (
     colour,
     curve,
     dress,
+    gains,
     lines,
     lines_colour,
     parts_colour,
@@ -213,11 +214,48 @@ def clip_stats(answers: Answers, style: Style) -> list[Figure]:
     ]  # fmt: skip
 
 
+def arms(answers: Answers, style: Style) -> list[Figure]:
+    """Gains over the base of an experiment, with intervals over seeds: of samples, and of questions solved at all."""
+    rows = answers.arms()
+    base, figures = rows["base"][0], []
+    for (source,), of_source in rows.group_by("source", maintain_order=True):
+        told = of_source.row(0, named=True)
+        for column, low, high, at in (
+            ("gain", "gain_low", "gain_high", "success_rate"),
+            ("solved_gain", "solved_low", "solved_high", "solved"),
+        ):
+            others = of_source.filter(pl.col("arm") != base).select(
+                "arm", n_seeds="n_seeds", gain=column, low=low, high=high, of=at, word=_verdict(low, high)
+            )
+            what = "Samples that are right" if column == "gain" else "Questions solved at least once"
+            caption = (
+                f"Difference to {base} ({percent(told[at])}) on the same seeds, {count(told['n_groups'], 'question')} each, "
+            )
+            caption += (
+                f"with 95{THIN}% intervals over {told['n_seeds']:,} seeds."
+                if told["n_seeds"] > 1
+                else "of one seed: an anecdote."
+            )
+            about = "all sources" if source is None else source
+            figures.append(Figure("arms", about if rows["source"].n_unique() > 1 else "", what, caption, gains(others, style)))
+    return figures
+
+
+def _verdict(low: str, high: str) -> pl.Expr:
+    return (
+        pl.when(pl.col(low) > 0)
+        .then(pl.lit("better"))
+        .when(pl.col(high) < 0)
+        .then(pl.lit("worse"))
+        .otherwise(pl.lit("not told apart"))
+    )
+
+
 CHARTS: dict[str, Callable[[Answers, Style], list[Figure]]] = {
     draw.__name__: draw
     for draw in (
         degenerate_by_step, wasted_tokens, reward_by_step, entropy_by_step, length_by_outcome, problem_visits,
-        entropy_by_position, entropy_profile, peak_positions, clip_stats,
+        entropy_by_position, entropy_profile, peak_positions, clip_stats, arms,
     )
 }  # fmt: skip
 

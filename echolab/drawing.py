@@ -156,6 +156,23 @@ def ranges(rows: pl.DataFrame, style: Style, name: str, column: str, format: str
     return (line + point).properties(height=34 * rows.height)
 
 
+def gains(rows: pl.DataFrame, style: Style) -> Any:
+    """A point for each row of arm, gain, low, high and word, with its interval, beside a line at 0."""
+    numbers = [alt.Tooltip(c, format="+.1%") for c in ("gain", "low", "high")]
+    tooltip = ["arm", "word", *numbers, alt.Tooltip("of", format=".1%"), "n_seeds"]
+    words = {"better": style.solved, "worse": style.failed, "not told apart": style.constant}
+    base = alt.Chart(rows).encode(
+        y=alt.Y("arm:N", axis=alt.Axis(title=None, ticks=False, domain=False), sort=None),
+        color=colour(rows, "word", words, "circle"),
+        tooltip=tooltip,
+    )
+    x = alt.X("low:Q", axis=alt.Axis(format="+.0%", title=None))
+    zero = alt.Chart(rows).mark_rule(color=style.muted, strokeDash=[3, 3]).encode(x=alt.XDatum(0))
+    line = base.mark_rule(strokeWidth=3, opacity=0.55).encode(x=x, x2="high:Q")
+    point = base.mark_point(filled=True, opacity=1, size=80).encode(x="gain:Q")
+    return (zero + line + point).properties(height=34 * rows.height)
+
+
 def colour(rows: pl.DataFrame, column: str, colours: Mapping[str, str], symbol: str = "stroke") -> alt.Color:
     """A colour for each word of a column, in the order of `colours`; a legend where there are several."""
     found = set(rows[column])

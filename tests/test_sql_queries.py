@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from math import comb
 
 import pytest
@@ -51,7 +52,7 @@ def problem(name):
 
 def test_there_are_these_queries():
     assert NAMES == [
-        "advantage_check", "all_fail_with_expert", "clip_overlap", "clip_provenance", "clip_stats", "compare_runs",
+        "advantage_check", "all_fail_with_expert", "arms", "clip_overlap", "clip_provenance", "clip_stats", "compare_runs",
         "degenerate_by_step", "degenerate_groups", "degenerate_prompts", "difficulty", "duplicates", "entropy_by_outcome",
         "entropy_by_position", "entropy_by_step", "entropy_profile", "length_by_outcome", "pass_at_k", "problem_visits",
         "profile_compare", "reward_by_step", "scorer_agreement", "segment_entropy_histogram", "top_entropy_tokens",
@@ -193,6 +194,50 @@ def test_difficulty_ranks_problems_hardest_first(store):
     hard = sorted([(problem("Q"), 0.0, 0.0, 0), (problem("S"), 0.0, 0.0, 0)])
     easy = sorted([(problem("P"), 1.0, 0.75, 3), (problem("V"), 1.0, 0.75, 3)])
     assert found == [*hard, (problem("R"), pytest.approx(1 / 12), 0.5, 0), *easy]
+
+
+def evaluation(run, step, source, *successes, n=4):
+    """One evaluation of questions of which so many of n samples are right."""
+    rows = [group(f"{run} {step} {source} {i}", [1.0] * c + [0.0] * (n - c)) for i, c in enumerate(successes)]
+    return [{**row, "run": run, "split": "eval", "step": step, "source": source} for rows_ in rows for row in rows_]
+
+
+def test_arms_are_compared_seed_by_seed_with_students_t(make_store):
+    """Gains over three seeds in two rounds, against the textbook formula."""
+    counts = {
+        "grpo-s0": (2, 2),
+        "grpo-s1": (1, 2),
+        "grpo-s2": (3, 2),
+        "new_seed0": (4, 3),
+        "new_seed1": (2, 2),
+        "new_seed2": (4, 4),
+    }
+    rows = [
+        r for name, of in counts.items() for step, c in zip((5, 10), of, strict=True) for r in evaluation(name, step, "x", c)
+    ]
+    rows += evaluation("grpo-s0", 0, "x", 1) + evaluation("new_seed9", 5, "x", 4) + evaluation("new_seed0", 7, "x", 0)
+    rows += evaluation("grpo", 5, "x", 0)  # of no seed
+    base, new = run(make_store(rows), "arms").to_dicts()
+    gains = [(4 - 2 + 3 - 2) / 8, (2 - 1 + 2 - 2) / 8, (4 - 3 + 4 - 2) / 8]
+    mean, half = statistics.mean(gains), 4.302653 * statistics.stdev(gains) / math.sqrt(3)
+    assert (base["arm"], base["base"], base["start"], base["gain"], base["gain_low"]) == ("grpo", "grpo", 0.25, None, None)
+    assert (new["arm"], new["n_seeds"], new["n_steps"], new["n_groups"], new["start"]) == ("new", 3, 2, 1, None)
+    assert base["success_rate"] == pytest.approx(12 / 24) and new["success_rate"] == pytest.approx(19 / 24)
+    assert (new["gain"], new["gain_low"], new["gain_high"]) == pytest.approx((mean, mean - half, mean + half), abs=1e-4)
+    assert (base["solved"], new["solved"], new["solved_gain"]) == (1.0, 1.0, 0.0)
+
+
+def test_arms_of_several_sources_are_also_told_together_and_one_seed_has_no_interval(make_store):
+    rows = evaluation("a-s1", 5, "hard", 0, 0, 2) + evaluation("a-s1", 5, "easy", 4)
+    rows += evaluation("b-s1", 5, "hard", 0, 4, 4) + evaluation("b-s1", 5, "easy", 2)
+    found = {(r["arm"], r["source"]): r for r in run(make_store(rows), "arms").to_dicts()}
+    assert [*found] == [("a", None), ("b", None), ("a", "easy"), ("b", "easy"), ("a", "hard"), ("b", "hard")]
+    both = found["b", None]
+    assert both["success_rate"] == pytest.approx(10 / 16) and both["gain"] == pytest.approx(10 / 16 - 6 / 16)
+    assert (both["gain_low"], both["solved_low"], both["n_seeds"]) == (None, None, 1)
+    assert found["b", "hard"]["solved_gain"] == pytest.approx(1 / 3)
+    turned = run(make_store(rows), "arms", base="b").to_dicts()
+    assert turned[1]["arm"] == "a" and turned[1]["gain"] == pytest.approx(-4 / 16)
 
 
 def test_compare_runs_puts_steps_side_by_side(make_store, add_reading):

@@ -138,6 +138,7 @@ def draw(answers: Answers, style: Style = PAGE) -> tuple[dict[str, list[Figure]]
             absent[name] = e.what
     if "entropy_profile" in drawn:
         drawn.pop("entropy_by_position", None)  # a profile shows the same, and its cohort is the user's choice
+    absent.pop("arms", None)  # few stores hold an experiment
     return drawn, absent
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from echolab.chartdata import NO_REWARDS, NO_ROLLOUTS, Answers
+from echolab.chartdata import NO_REWARDS, NO_ROLLOUTS, Answers, Missing
 from echolab.words import count, listed, percent, short
 
 FILES = 30  # of the ledger that are listed one by one
@@ -31,7 +31,34 @@ def finding(answers: Answers) -> Finding:
     if not main.judged:
         return Finding(main.begin("No rollout has a reward to compare"), (f"What is missing: {NO_REWARDS}.",))
     lead = (main.reasons(), main.problems(), main.costs())
-    return Finding(main.begin(main.headline()), tuple(filter(None, lead)), tuple(main.figures()))
+    headline = main.begin(main.headline())
+    if told := experiment(answers):
+        headline, lead = told, (f"{headline}.", *lead)
+    return Finding(headline, tuple(filter(None, lead)), tuple(main.figures()))
+
+
+def experiment(answers: Answers) -> str | None:
+    """What the arms of an experiment came to, over all sources of questions; None where there is no experiment."""
+    try:
+        rows = answers.arms()
+    except Missing:
+        return None
+    together = rows.filter(pl.col("source").is_null())
+    rows = together if together.height else rows
+    base, seeds = rows["base"][0], int(rows["n_seeds"].min())
+    arms = [row for row in rows.to_dicts() if row["arm"] != base]
+    if seeds < 2:
+        told = [f"{row['arm']} {100 * row['gain']:+.1f}" for row in arms]
+        return f"An anecdote of one seed: against {base}, {listed(told)} points"
+    better, worse, unclear = [], [], []
+    for row in arms:
+        low, high = row["gain_low"], row["gain_high"]
+        said = f"{row['arm']} ({100 * row['gain']:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f})"
+        (better if low > 0 else worse if high < 0 else unclear).append(said)
+    told = [f"{listed(better)} helped"] if better else []
+    told += [f"{listed(worse)} did harm"] if worse else []
+    told += [f"{listed(unclear)} cannot be told from it"] if unclear else []
+    return f"Against {base}, over {seeds} seeds: {'; '.join(told)}"
 
 
 class _Main:

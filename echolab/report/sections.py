@@ -18,6 +18,12 @@ from echolab.words import count, percent, short
 # Of each: its id, heading, what to know before reading its charts, and the charts.
 CHARTED = (
     (
+        "arms",
+        "What helped",
+        "Runs that were trained in different ways, compared seed by seed on the same questions.",
+        ("arms",),
+    ),
+    (
         "groups",
         "What taught nothing",
         "A group whose rollouts all get the same reward has only advantages of zero: it costs its tokens and teaches nothing.",
