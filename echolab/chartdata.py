@@ -108,20 +108,22 @@ class Answers:
             self.kept[key] = frame.with_columns(pl.when(pl.col(c).is_finite()).then(c).alias(c) for c in numbers)
         return self.kept[key]
 
-    def each(self, query: str, **params: Any) -> Iterator[tuple[str, pl.DataFrame]]:
-        """Run by run, the first ones only; where a run has several splits, each of them."""
-        frame = self.ask(query, **params)
+    def each(self, query: str, evaluations: bool = False) -> Iterator[tuple[str, pl.DataFrame]]:
+        """Run by run, the first ones only; where a run has several splits, each of them. The split eval is left out where a
+        run has others: nothing is learnt from evaluations, and none of their tokens is wasted."""
+        frame = self.ask(query)
         if not self.runs:
             raise Missing(NO_ROLLOUTS)
         for run in self.runs[:SERIES]:
             of_run = frame.filter(pl.col("run") == run)
             splits = of_run["split"].unique().sort().to_list()
+            splits = [s for s in splits if evaluations or s != "eval"] or splits
             for split in splits:
                 yield (f"{run}, {split}" if len(splits) > 1 else run), of_run.filter(pl.col("split") == split)
 
     def lines(self, query: str) -> pl.DataFrame:
         """Rows that have a step, with a column `line` that names run and split; the first lines only."""
-        labelled = [rows.with_columns(line=pl.lit(label)) for label, rows in self.each(query)]
+        labelled = [rows.with_columns(line=pl.lit(label)) for label, rows in self.each(query, evaluations=True)]
         frame = pl.concat(labelled) if labelled else self.ask(query).with_columns(line=pl.lit(""))
         frame = frame.filter(pl.col("step").is_not_null())
         return frame.filter(pl.col("line").is_in(frame["line"].unique(maintain_order=True).head(SERIES).to_list()))

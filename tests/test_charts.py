@@ -60,6 +60,15 @@ def test_arms_are_those_of_the_query_with_a_word_for_their_interval(experiment):
     assert {(r["arm"], r["word"]) for r in found if r["gain"]} == {("new", "better"), ("odd", "not told apart")}
 
 
+def test_evaluations_are_no_waste_and_their_rewards_stand_beside_those_of_training(make_store):
+    groups = [{"split": s, "group": s, "step": k, "sample": i} for s in ("train", "eval") for k in (1, 2) for i in (0, 1)]
+    with echolab.open(make_store([{**g, "reward": 1.0, "n_completion_tokens": 5} for g in groups]).root) as lab:
+        answers = Answers.of(lab.session())
+        for name in ("degenerate_by_step", "wasted_tokens"):
+            assert [f.about for f in figures(answers, name, Style())] == ["r"]
+        assert set(answers.lines("reward_by_step")["line"]) == {"r, eval", "r, train"}
+
+
 @pytest.mark.parametrize("name", CHARTS)
 def test_every_chart_is_valid_and_small(lab, experiment, name):
     spec = (experiment if name == "arms" else lab).chart(name).to_dict()  # Altair validates it

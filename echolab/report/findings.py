@@ -24,7 +24,7 @@ class Finding:
 
 
 def finding(answers: Answers) -> Finding:
-    """Of the largest run, in its largest split."""
+    """Of the largest run, in its largest split that is no evaluation."""
     if not answers.runs:
         return Finding("There is no policy rollout here", (f"A report needs {NO_ROLLOUTS}.",))
     main = _Main(answers, answers.runs[0])
@@ -67,7 +67,8 @@ class _Main:
     def __init__(self, answers: Answers, run: str):
         self.answers, self.run = answers, run
         kinds = answers.ask("degenerate_by_step").filter(pl.col("run") == run)
-        sizes = kinds.group_by("split").agg(pl.sum("n_groups")).sort("n_groups", "split", descending=[True, False])
+        sizes = kinds.group_by("split").agg(pl.sum("n_groups"), trains=pl.col("split").first() != "eval")
+        sizes = sizes.sort("trains", "n_groups", "split", descending=[True, True, False])
         self.split = sizes["split"][0]
         self.kinds, self.cost = self.ask("degenerate_by_step"), self.ask("wasted_tokens")
         self.judged = int(self.kinds["n_judged"].sum())

@@ -90,13 +90,15 @@ def runs(answers: Answers) -> str:
 def _run(row: Mapping[str, Any]) -> list[str]:
     upstream = "upstream" in (row["note"] or "")
     judged = row["n_judged"] and not upstream
+    trains = row["split"] != "eval"
+    spent = trains and row["n_judged"] and row["total"]
     unit = "tokens" if row["unit"] == "tokens" else "characters"
     return [
         row["run"], row["split"], _steps(row["first"], row["last"]), f"{row['n_groups']:,}", f"{row['n']:,}",
         f"{row['problems']:,}" if row["problems"] else "–", "–" if not row["n_rewarded"] else f"{row['reward']:.3f}",
         percent(row["right"]) if row["n_rewarded"] else "–",
-        percent(row["n_degenerate"] / row["n_judged"]) if judged else "unknown",
-        f"{'at least ' if upstream else ''}{short(row['wasted'])} {unit}" if row["n_judged"] and row["total"] else "–",
+        "–" if not trains else percent(row["n_degenerate"] / row["n_judged"]) if judged else "unknown",
+        f"{'at least ' if upstream else ''}{short(row['wasted'])} {unit}" if spent else "–",
         row["note"] or "",
     ]  # fmt: skip
 
