@@ -4,8 +4,8 @@ BIN := .venv/bin
 
 .PHONY: demo test test-slow chromium lint clean
 
-demo: .venv/core
-	$(BIN)/echolab demo
+demo: .venv/demo
+	$(BIN)/echolab demo $(DEMO)
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -28,6 +28,10 @@ lint: .venv/dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
+.venv/demo: .venv/core
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[torch,report]"
+	touch $@
+
 .venv/dev: .venv/core
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
@@ -37,4 +41,4 @@ lint: .venv/dev
 	touch $@
 
 clean:
-	rm -rf .venv echolab-demo
+	rm -rf .venv echolab-demo echolab-simulated

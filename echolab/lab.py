@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from echolab.export.run import ExportReport
     from echolab.generate import GenerateReport
     from echolab.ingest import IngestReport, Progress
+    from echolab.jobs import Report as ScoreReport
     from echolab.profile_compare import Comparison
     from echolab.profiles import Profile
     from echolab.report.build import Report
@@ -117,6 +118,16 @@ class Lab:
 
         self._require_newest()
         return verify(self.store, verifier, **options)
+
+    def score(self, model: str | Path, *, where: str | None = None, **options: Any) -> tuple[ScoreReport, str]:
+        """Entropy and log-probability of every completion token of the rollouts that this model has not scored yet, and the
+        scorer's id. `where` is SQL over the view `rollouts`; options are those of `echolab.entropy.scorer.ScorerConfig`,
+        e.g. `temperature=0.7`."""
+        from echolab.entropy.scorer import ScorerConfig
+        from echolab.scoring import score
+
+        self._require_newest()
+        return score(self.store, ScorerConfig.make(model=str(model), **options), where)
 
     def profile(self, name: str, where: str, **options: Any) -> Profile:
         """Segment entropy over position, of the rollouts for which `where` holds, kept as `name@1`, `name@2`, ... Arguments

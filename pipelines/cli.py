@@ -49,6 +49,7 @@ from pipelines.score_command import score_app
 from pipelines.store_commands import store_app
 from pipelines.train_command import evaluate, train
 from pipelines.verify_command import verify
+from pipelines.view_command import view
 
 app = typer.Typer(
     name="echolab",
@@ -61,6 +62,7 @@ app = typer.Typer(
 app.add_typer(store_app, name="store")
 app.add_typer(score_app, name="score")
 app.command()(report)
+app.command()(view)
 app.command()(generate)
 app.command()(verify)
 app.command()(mine)
@@ -320,18 +322,33 @@ def sql(
 
 @app.command()
 def demo(
-    keep: Annotated[Path, typer.Option("--keep", metavar="DIR", help="Folder of the demo's dumps and store.")] = Path(
-        "echolab-demo"
-    ),
+    keep: Annotated[Path | None, option("Its folder (echolab-demo, or echolab-simulated).", "--keep", metavar="DIR")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="A small one in a minute, from weights that are at hand.")] = False,
+    seeds: Annotated[int | None, option("How often it is all done (as often as four minutes allow).")] = None,
+    simulated: Annotated[
+        bool, typer.Option("--simulated", help="No training: dumps of a made-up run to try things on.")
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again from nothing.")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Generate the dumps of a run, ingest them, and ask which of its groups teach nothing.
+    """A whole experiment on this machine's CPU: a policy is trained until its groups teach nothing, and the remedies are
+    measured. What was stopped goes on; a finished demo prints its page.
 
     echolab demo --keep echolab-demo
     """
-    from pipelines.demo import demo as demo_
+    if simulated:
+        from pipelines.simulated import simulated as simulate
 
-    facts = demo_(keep, fresh, say=say if json_ else print)
+        facts = simulate(keep or Path("echolab-simulated"), fresh, say=say if json_ else print)
+    else:
+        try:
+            import torch  # noqa: F401
+            import transformers  # noqa: F401
+            import vl_convert  # noqa: F401
+        except ImportError:
+            raise EcholabError("the demo trains a policy: pip install 'echolab[torch,report]'; or try --simulated") from None
+        from pipelines.demo import demo as demo_
+
+        facts = demo_(keep or Path("echolab-demo"), fast=fast, seeds=seeds, fresh=fresh, say=say if json_ else print)
     if json_:
         print_json(facts)

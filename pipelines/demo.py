@@ -1,147 +1,380 @@
-"""`echolab demo`: the dumps of a simulated run, a store made from them, and the questions about degenerate groups.
+"""`echolab demo`: a real experiment on this machine, from nothing to a page, told as it happens.
 
-The run is simulated, not trained: sixteen prompts a step, eight samples each, a policy whose skill on each problem grows
-until most groups are all right, two problems that it never solves, and one that it forgets.
-"""
+A tiny policy learns to walk mazes, RL saturates it on a fixed pool of them, and four ways to go on are compared. Training runs
+in processes of their own (pipelines/experiment.py); this file starts them, asks their store, and tells what it answers. What is
+there is not made again: a demo that was stopped goes on, and a finished one prints its page."""
 
 from __future__ import annotations
 
 import json
-import math
-import random
+import os
 import shutil
-from collections import Counter
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import polars as pl
 
 import echolab
 from echolab.errors import EcholabError
+from echolab.lab import Lab
+from echolab.words import THIN, count, percent, short
+from pipelines.experiment import ARMS, VERIFIER, Plan, held_out, write_lines
 from pipelines.render import table
+from trainer import maze
 
-if TYPE_CHECKING:
-    import polars as pl
-
-STEPS, PROMPTS, SAMPLES, PROBLEMS, SEED = 60, 16, 8, 48, 7
-HOPELESS, FORGOTTEN = (46, 47), 5
+MARKER = "demo.json"  # says that a folder is a demo's, of which kind, and when it was finished
+BUDGET = 270.0  # seconds after which no further seed begins, unless --seeds says so
+MOST_WORKERS = 5
+TOLD_EVERY = 10.0  # seconds between two lines of progress where there is no terminal
 Say = Callable[[str], Any]
 
-# Of each answer: the columns that fit on a screen.
-QUESTIONS = (
-    (
-        "Which groups teach nothing, since which step?",
-        "degenerate_by_step",
-        "step n_groups all_success all_fail mixed share_degenerate",
-    ),
-    ("What did they cost?", "wasted_tokens", "step unit wasted total share"),
-    ("Which problems are the reason?", "degenerate_prompts", "prompt status since_step visits success_rate"),
-    ("Which hopeless ones could an expert teach?", "all_fail_with_expert", "step prompt n n_experts expert_chars"),
-)
-SHOWN = 12
-MARKER = ".echolab-demo"  # says that a folder is a demo's
+
+def plan_of(folder: Path, fast: bool) -> Plan:
+    if fast:
+        small: dict[str, Any] = {"pool": 32, "pool_steps": 150, "fresh": 256, "steps": 20, "evaluations": 2, "questions": 24}
+        return Plan(folder=folder, until_degenerate=0.9, **small)
+    return Plan(folder=folder)
 
 
-def demo(folder: Path, fresh: bool, say: Say = print) -> dict[str, Any]:
-    """Make (or reuse) the demo in `folder`, and say what its store answers."""
-    dumps, store = folder / "dumps", folder / "store"
+def demo(
+    folder: Path, *, fast: bool = False, seeds: int | None = None, fresh: bool = False, say: Say = print
+) -> dict[str, Any]:
+    """Make the demo in `folder`, or go on with it, and tell it with `say`. A finished one is only told where its page is."""
+    folder = folder.absolute()
+    if (facts := _begin(folder, fast, fresh)) is not None:
+        say(f"{facts['headline']}.\nThe page: {facts['page']}\n`--fresh` makes the demo anew.")
+        return facts
+    began, plan = time.monotonic(), plan_of(folder, fast)
+    write_lines(plan.prompts("held_out"), held_out(plan))
+    (folder / "plan.json").write_text(plan.model_dump_json())
+    _tell_task(say)
+    _policy(plan, fast, say)
+    workers = _Workers(plan, seeds or (1 if fast else None), began)
+    with workers.running(say) as wait:
+        wait(lambda: workers.passed(0, "pool"))
+        with echolab.open(plan.store) as lab:
+            _tell_degeneracy(lab, say)
+            _tell_uncertainty(lab, plan, say)
+        wait(lambda: workers.passed(0, "mine"))
+        with echolab.open(plan.store) as lab:
+            _tell_clips(lab, say)
+        wait(workers.finished)
+    return _end(plan, fast, len(workers.done), time.monotonic() - began, say)
+
+
+def _begin(folder: Path, fast: bool, fresh: bool) -> dict[str, Any] | None:
+    """The facts of a demo that is finished."""
     marker = folder / MARKER
     if folder.exists() and not marker.exists() and any(folder.iterdir()):
         raise EcholabError(f"{folder} is not empty and no demo: give another --keep")
-    if fresh:  # what a demo makes, and nothing else that may lie there
-        for made in (dumps / "train", dumps / "expert", store):
-            shutil.rmtree(made, ignore_errors=True)
+    if fresh and folder.exists():  # what a demo makes, and nothing else that may lie there
+        for made in ("store", "policy", "policy.part", "runs", "exports", "probes", "logs"):
+            shutil.rmtree(folder / made, ignore_errors=True)
+        for made in (MARKER, "plan.json", "report.html", "prompts/*.jsonl", "dumps/solver-*.jsonl"):
+            for file in folder.glob(made):
+                file.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    marker.touch()
-    say(f"A simulated run of {STEPS} steps, {PROMPTS} prompts a step, {SAMPLES} samples a prompt, dumped as verl does: {dumps}")
-    write_dumps(dumps)
-    with echolab.open(store, create=True) as lab:
-        policy = lab.ingest(dumps / "train", run="demo")
-        expert = lab.ingest(dumps / "expert", run="expert", role="expert")
-        say(f"echolab ingest: {policy.rows + expert.rows:,} rollouts new in {store}")
-        answers = {name: lab.query(name, run="demo") for _, name, _ in QUESTIONS}
-    for question, name, columns in QUESTIONS:
-        shown, which = _some(answers[name])
-        say(f"\n{question}\n$ echolab query {name} --param run=demo --store {store}{which}\n")
-        say(table(shown.select(columns.split()), 0))
-    say(_in_words(answers))
-    say(f'Ask on: echolab sql "SELECT kind, count(*) FROM groups GROUP BY kind" --store {store}')
-    return {"store": str(store), "answers": {name: frame.to_dicts() for name, frame in answers.items()}}
+    if marker.exists():
+        known = json.loads(marker.read_text())
+        if known["fast"] != fast:
+            kind = "fast" if known["fast"] else "full"
+            raise EcholabError(f"{folder} holds a {kind} demo: --fresh makes it anew, --keep names another folder")
+        return known["facts"]
+    marker.write_text(json.dumps({"fast": fast, "facts": None}))
+    return None
 
 
-def _some(frame: pl.DataFrame) -> tuple[pl.DataFrame, str]:
-    """Rows for a screen and a word that says which: spread over the steps, else the first ones."""
-    every = -(-frame.height // SHOWN)
-    if every <= 1:
-        return frame, ""
-    if "step" not in frame.columns:
-        return frame.head(SHOWN // 2), f"   (the first of {frame.height})"
-    return frame.gather_every(every, offset=every - 1), f"   (every {every}th row)"
+# What is trained.
 
 
-def _in_words(answers: dict[str, pl.DataFrame]) -> str:
-    shares = answers["degenerate_by_step"].select("step", "share_degenerate").rows()
-    below = max((step for step, share in shares if share < 0.9), default=0)
-    cost = answers["wasted_tokens"]
-    problems = Counter(answers["degenerate_prompts"]["status"])
-    return (
-        f"In short: from step {below + 1} on at least 90 % of the groups teach nothing. In all, {cost['wasted'].sum():,} of"
-        f" {cost['total'].sum():,} characters went into such groups.\nProblems: {problems['saturated']} solved for good,"
-        f" {problems['never_solved']} never solved, {problems['forgotten']} solved and lost again.\n"
+def _policy(plan: Plan, fast: bool, say: Say) -> None:
+    """Pre-training; a fast demo begins with the weights that the same recipe gave."""
+    place = plan.folder / "policy"
+    if place.exists():
+        return
+    if fast:
+        shutil.copytree(maze.WEIGHTS, place)
+        say("\nA policy of 364,000 parameters that has read such traces: the weights in trainer/weights, made by")
+        say("    python -m trainer.pretrain --out trainer/weights --half")
+        return
+    say("\nA policy of 364,000 parameters reads the traces of a solver that wanders, from nothing:")
+    unfinished = plan.folder / "policy.part"
+    threads = min(2, os.cpu_count() or 1)
+    command = [sys.executable, "-m", "trainer.pretrain", "--out", str(unfinished), "--threads", str(threads)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lines = [_shown(line, say) for line in process.stderr]
+    if process.returncode:
+        raise EcholabError(f"pre-training failed: {(lines or ['without a word'])[-1]}")
+    unfinished.rename(place)
+
+
+def _shown(line: str, say: Say) -> str:
+    if line.startswith("step "):
+        say(f"    {line.rstrip()}")
+    return line.strip()
+
+
+@dataclass
+class _Worker:
+    """One seed, in a process of its own."""
+
+    seed: int
+    process: subprocess.Popen[str]
+    began: float
+    stages: list[str] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, plan: Plan, seed: int) -> _Worker:
+        logs = plan.folder / "logs"
+        logs.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "pipelines.experiment", str(plan.folder / "plan.json"), str(seed)]
+        with (logs / f"seed-{seed}.txt").open("w") as log:
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+        worker = cls(seed, process, time.monotonic())
+        threading.Thread(target=worker._listen, daemon=True).start()
+        return worker
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.stages.append(json.loads(line)["stage"])
+
+    def stop(self) -> None:
+        """It leaves a checkpoint, and ends."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
+    def said(self, plan: Plan) -> str:
+        """Where it is, in a few words."""
+        stage = self.stages[-1] if self.stages else "starting"
+        if stage not in ("pool", *ARMS):
+            return f"seed {self.seed}: {stage}"
+        run = f"pool-{self.seed}" if stage == "pool" else f"{stage}-s{self.seed}"
+        values = _newest(plan.folder / "runs" / run / "metrics.jsonl")
+        if "reward" not in values:
+            return f"seed {self.seed}: {run} begins"
+        figures = f"reward {values['reward']:.2f}, degenerate {percent(values['degenerate'])}"
+        return f"seed {self.seed}: {run}, step {values['step']}, {figures}"
+
+
+def _newest(metrics: Path) -> dict[str, Any]:
+    """The last whole line of a metrics file."""
+    try:
+        lines = metrics.read_bytes()[-20_000:].split(b"\n")
+    except OSError:
+        return {}
+    return json.loads(lines[-2]) if len(lines) > 1 and lines[-2].startswith(b"{") else {}
+
+
+class _Workers:
+    """As many seeds at once as there are cores, and one after another as long as there is time, or up to `seeds`."""
+
+    def __init__(self, plan: Plan, seeds: int | None, began: float):
+        self.plan, self.seeds, self.began = plan, seeds, began
+        self.room = max(1, min(os.cpu_count() or 1, MOST_WORKERS, seeds or MOST_WORKERS))
+        self.live: list[_Worker] = []
+        self.done: list[_Worker] = []
+
+    def passed(self, seed: int, stage: str) -> bool:
+        """Whether a seed is beyond a stage."""
+        found = [w.stages for w in (*self.live, *self.done) if w.seed == seed]
+        return bool(found) and stage in found[0] and found[0][-1] != stage
+
+    def finished(self) -> bool:
+        return not self.live
+
+    def running(self, say: Say) -> _Running:
+        return _Running(self, say)
+
+    def look(self) -> None:
+        """Take in what has ended, and begin what there is room and time for."""
+        for worker in [w for w in self.live if w.process.poll() is not None]:
+            if worker.process.returncode:
+                log = self.plan.folder / "logs" / f"seed-{worker.seed}.txt"
+                words = log.read_text().strip().splitlines() or ["without a word"]
+                raise EcholabError(f"seed {worker.seed} failed: {words[-1]} ({log})")
+            self.live.remove(worker)
+            self.done.append(worker)
+        while len(self.live) < self.room and self._another():
+            self.live.append(_Worker.start(self.plan, len(self.live) + len(self.done)))
+
+    def _another(self) -> bool:
+        begun = len(self.live) + len(self.done)
+        if self.seeds is not None:
+            return begun < self.seeds
+        if begun < self.room:
+            return True
+        took = max((time.monotonic() - w.began for w in self.done), default=0.0)
+        return time.monotonic() - self.began + took < BUDGET
+
+
+@dataclass
+class _Running:
+    """While it is entered, workers run; `wait` returns once a condition holds. Leaving early stops them."""
+
+    workers: _Workers
+    say: Say
+    told: float = field(default_factory=time.monotonic)
+
+    def __enter__(self) -> Callable[[Callable[[], bool]], None]:
+        self.workers.look()
+        return self.wait
+
+    def wait(self, until: Callable[[], bool]) -> None:
+        from rich.console import Console
+
+        console = Console(stderr=True)
+        with console.status("") as status:
+            while not until():
+                self.workers.look()
+                said = [w.said(self.workers.plan) for w in self.workers.live]
+                status.update("; ".join(said))
+                if not console.is_terminal and time.monotonic() - self.told > TOLD_EVERY:
+                    self.told = time.monotonic()
+                    self.say("    " + "; ".join(said))
+                time.sleep(0.2)
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers.live:
+            worker.stop()
+        for worker in self.workers.live:
+            worker.process.wait()
+
+
+# What is told.
+
+
+def _tell_task(say: Say) -> None:
+    row = maze.problems(1, maze.EASY, "told")[0]
+    path = maze.traces([row], "told")[0]["completion"].split()
+    say(
+        "The task: from a start to a goal in a maze of 6 x 6 cells, one straight move a line. Many answers are right,\n"
+        "and a program checks them. Here s leads to g; # are walls, and one answer is " + " ".join(path) + "\n"
+    )
+    say(_drawn(maze.Maze.read(row["prompt"])))
+
+
+def _drawn(m: maze.Maze) -> str:
+    marks = {m.start: "s", m.goal: "g"} | dict.fromkeys(m.walls, "#")
+    cells = [[marks.get(c * maze.SIZE + r, ".") for c in range(maze.SIZE)] for r in range(maze.SIZE)]
+    lines = [f"    {r + 1} {' '.join(row)}" for r, row in enumerate(cells)]
+    return "\n".join(["      a b c d e f", *lines])
+
+
+def _asked(
+    lab: Lab, say: Say, query: str, columns: str, rows: Callable[[pl.DataFrame], pl.DataFrame], **params: Any
+) -> pl.DataFrame:
+    """The answer of a named query, some of it shown under the command that gives it."""
+    answer = lab.query(query, **params)
+    options = "".join(f" --param {k}={v}" for k, v in params.items())
+    say(f"\n$ echolab query {query}{options} --store {_short(lab.store.root)}\n")
+    say(table(rows(answer).select(columns.split()), 0))
+    return answer
+
+
+def _short(path: Path) -> str:
+    """As seen from here, where it lies below."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def _spread(frame: pl.DataFrame, n: int = 10) -> pl.DataFrame:
+    """About n rows, the last one among them."""
+    every = max(1, -(-frame.height // n))
+    return frame.gather_every(every, offset=(frame.height - 1) % every)
+
+
+def _tell_degeneracy(lab: Lab, say: Say) -> None:
+    say("\nDEGENERACY APPEARS. GRPO on a fixed pool of prompts; a group whose rewards are all equal teaches nothing:")
+    where: dict[str, Any] = {"run": "pool-0", "split": "train"}
+    kinds = _asked(
+        lab, say, "degenerate_by_step", "step n_groups all_success all_fail mixed share_degenerate", _spread, **where
+    )
+    say("\nTHIS IS WHAT IT COSTS.")
+    cost = _asked(lab, say, "wasted_tokens", "step wasted total share", lambda f: _spread(f, 5), **where)
+    wasted, total = int(cost["wasted"].sum()), int(cost["total"].sum())
+    last = kinds["share_degenerate"][-1]
+    say(
+        f"In all, {percent(wasted / total)} of {short(total)} sampled tokens were wasted;"
+        f" {percent(last)} of the last step's groups taught nothing."
+    )
+    say(f"\nMemory or skill? {_held_out(lab)}")
+
+
+def _held_out(lab: Lab) -> str:
+    """How the policy fared on the questions that it never trains on, in its first and in its last evaluation."""
+    rows = lab.sql(
+        """SELECT step, source, avg(n_success / n_rewarded) AS rate FROM groups
+        WHERE run = 'pool-0' AND split = 'eval' GROUP BY step, source ORDER BY step"""
+    )
+    pool = lab.query("reward_by_step", run="pool-0", split="train")
+    told = [f"the pool's reward went from {pool['mean'][0]:.2f} to {pool['mean'][-1]:.2f}"]
+    for source in ("easy", "hard"):
+        rates = rows.filter(pl.col("source") == source)["rate"]
+        told.append(f"on held-out {source} mazes from {rates[0]:.2f} to {rates[-1]:.2f}")
+    return ", ".join(told) + "."
+
+
+def _tell_uncertainty(lab: Lab, plan: Plan, say: Say) -> None:
+    say("\nAre the rewards right? Every answer is judged again:")
+    judged = lab.verify(VERIFIER, run="pool-0", workers=1)
+    agreement = lab.query("verifier_agreement", verifier=VERIFIER)
+    say(f"$ echolab verify --verifier {VERIFIER} --run pool-0: {count(judged.right + judged.wrong, 'verdict')}")
+    say(table(agreement.head(4), 0))
+    last = lab.sql("SELECT max(step) AS s FROM rollouts WHERE run = 'pool-0'")["s"][0]
+    policy = f"run = 'pool-0' AND split = 'train' AND step > {last - 12}"
+    say("\nWhere is the policy uncertain, on an expert's answers and on its own? Scored under the saturated policy:")
+    checkpoint = sorted((plan.folder / "runs" / "pool-0" / "checkpoints").glob("step_*"))[-1]
+    report, scorer = lab.score(checkpoint, where=f"run = 'solver' OR ({policy})", threads=1, device="cpu")
+    lab.profile("solver", "role = 'expert' AND success", scorer=scorer)
+    lab.profile("policy", f"({policy}) AND success", scorer=scorer)
+    compared = lab.compare_profiles("solver", "policy")
+    say(
+        f"$ echolab score, profile: {count(report.rows, 'rollout')} scored; mean segment entropy"
+        f" {compared.a.mean:.2f} nats on the solver's answers, {compared.b.mean:.2f} on its own"
     )
 
 
-def write_dumps(folder: Path) -> None:
-    """The same files every time, so that a second demo has nothing new to ingest."""
-    rng = random.Random(SEED)
-    problems = [(rng.randint(10, 99), rng.randint(10, 99)) for _ in range(PROBLEMS)]
-    (folder / "train").mkdir(parents=True, exist_ok=True)
-    (folder / "expert").mkdir(exist_ok=True)
-    for step in range(1, STEPS + 1):
-        lines = []
-        for problem in rng.sample(range(PROBLEMS), PROMPTS):
-            right = _skill(problem, step)
-            for sample in range(SAMPLES):
-                solved = rng.random() < right
-                lines.append(_rollout(problems[problem], step, f"{step:04d}-{problem:02d}_{sample}_0", solved, rng))
-        _write(folder / "train" / f"{step}.jsonl", lines)
-    golden = [
-        {"prompt": _prompt(p), "completion": _solution(p, sum(p)), "reward": 1.0, "ground_truth": str(sum(p)), "source": "sums"}
-        for p in problems
-    ]
-    _write(folder / "expert" / "solutions.jsonl", golden)
+def _tell_clips(lab: Lab, say: Say) -> None:
+    say(
+        "\nWhat is still worth learning? Prefixes of right answers up to their most uncertain line, and random ones"
+        " beside them:"
+    )
+    columns = "clipset selector n_clips n_problems n_tokens fraction_q50 mean_entropy"
+    _asked(lab, say, "clip_stats", columns, lambda f: f.filter(pl.col("clipset").str.contains("^(peak|random)-0@")))
 
 
-def _skill(problem: int, step: int) -> float:
-    """Chance of a right answer: a logistic curve that starts later for later problems."""
-    if problem in HOPELESS:
-        return 0.0
-    if problem == FORGOTTEN and step > 40:
-        return 0.0
-    chance = 1 / (1 + math.exp(-(step - 6 - 0.6 * problem) / 4))
-    return 1.0 if chance > 0.98 else chance
+def _end(plan: Plan, fast: bool, seeds: int, seconds: float, say: Say) -> dict[str, Any]:
+    from echolab.chartdata import Answers
+    from echolab.report.findings import experiment
 
-
-def _prompt(problem: tuple[int, int]) -> str:
-    return f"What is {problem[0]} + {problem[1]}?"
-
-
-def _solution(problem: tuple[int, int], answer: int) -> str:
-    a, b = problem
-    return f"Tens first: {a // 10 * 10} + {b // 10 * 10}.\nThen the rest: {a % 10} + {b % 10}.\n\\boxed{{{answer}}}"
-
-
-def _rollout(problem: tuple[int, int], step: int, uid: str, solved: bool, rng: random.Random) -> dict[str, Any]:
-    answer = sum(problem) + (0 if solved else rng.choice((-10, -1, 1, 10)))
-    doubts = "".join(f"Let me check that again: {rng.randint(10, 99)}.\n" for _ in range(rng.randint(0, 6 if solved else 12)))
-    return {
-        "input": f"user\n{_prompt(problem)}\nassistant\n",
-        "output": doubts + _solution(problem, answer),
-        "gts": str(sum(problem)),
-        "score": float(solved),
-        "step": step,
-        "uid": uid,
-    }
-
-
-def _write(path: Path, lines: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    runs = ["pool-0", *(f"{arm}-s0" for arm in ARMS)]
+    with echolab.open(plan.store) as lab:
+        say("\nTHESE ARE THE REMEDIES, MEASURED. Four ways to go on, with the same random numbers, on held-out mazes:")
+        columns = "arm source n_seeds start success_rate gain gain_low gain_high solved solved_gain"
+        arms = _asked(lab, say, "arms", columns, lambda f: f)
+        headline = experiment(Answers.of(lab.session(), runs)) or "No arms to compare"
+        say(f"\n{headline}.")
+        page = lab.report(plan.folder / "report.html", runs=runs, clipset="peak-0")
+        problems = lab.validate()
+    if problems:
+        raise EcholabError(f"the store is not sound: {problems[0]}")
+    minutes = f"{seconds // 60:.0f}:{seconds % 60:02.0f} min"
+    facts = {
+        "page": page.path, "store": str(plan.store), "headline": headline, "seeds": seeds, "seconds": round(seconds, 1),
+        "arms": arms.to_dicts(),
+    }  # fmt: skip
+    (plan.folder / MARKER).write_text(json.dumps({"fast": fast, "facts": facts}))
+    say(f"\nAll of it as a page, {page.size / 1e6:.1f}{THIN}MB, after {minutes}: {page.path}")
+    say(f'Ask on: echolab sql "SELECT kind, count(*) FROM groups GROUP BY kind" --store {_short(plan.store)}')
+    return facts

@@ -334,13 +334,14 @@ def test_a_demo_does_not_touch_a_folder_that_is_none(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     for fresh in ([], ["--fresh"]):
-        assert "no demo" in refused(echolab("demo", "--keep", tmp_path / "mine", *fresh))
+        for kind, word in ([], "no demo"), (["--simulated"], "no simulated run"):
+            assert word in refused(echolab("demo", *kind, "--keep", tmp_path / "mine", *fresh))
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
-def test_a_fresh_demo_leaves_what_it_did_not_make(tmp_path):
-    assert echolab("demo", "--keep", tmp_path / "d").returncode == 0
+def test_a_fresh_simulation_leaves_what_it_did_not_make(tmp_path):
+    assert echolab("demo", "--simulated", "--keep", tmp_path / "d").returncode == 0
     (tmp_path / "d" / "dumps" / "mine.txt").write_text("mine")
-    again = echolab("demo", "--keep", tmp_path / "d", "--fresh")
+    again = echolab("demo", "--simulated", "--keep", tmp_path / "d", "--fresh")
     assert again.returncode == 0 and "7,728 rollouts new" in again.stdout
     assert (tmp_path / "d" / "dumps" / "mine.txt").read_text() == "mine"

@@ -63,10 +63,10 @@ def test_console_blocks_print_what_the_page_shows(page, tmp_path):
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
-    from pipelines.demo import demo
+    from pipelines.simulated import simulated
 
     monkeypatch.chdir(tmp_path)
-    demo(Path("echolab-demo"), fresh=False, say=lambda _: None)
+    simulated(Path("echolab-simulated"), fresh=False, say=lambda _: None)
     names: dict[str, object] = {}
     for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec"), names)

@@ -31,10 +31,9 @@ def test_an_installed_wheel_answers_named_queries_from_anywhere(tmp_path):
     where = run(sys.executable, "-c", "import echolab; print(echolab.__file__)", cwd=tmp_path, **site)
     assert where.startswith(str(tmp_path / "site"))
     command = (sys.executable, "-c", "from pipelines.cli import main; main()")
-    run(*command, "demo", cwd=tmp_path, **site)
-    answer = run(
-        *command, "query", "degenerate_by_step", "--store", "echolab-demo/store", "--format", "csv", cwd=tmp_path, **site
-    )
+    run(*command, "demo", "--simulated", cwd=tmp_path, **site)
+    asked = ("query", "degenerate_by_step", "--store", "echolab-simulated/store", "--format", "csv")
+    answer = run(*command, *asked, cwd=tmp_path, **site)
     assert len(answer.splitlines()) == 61
 
 
@@ -42,7 +41,7 @@ def test_a_fresh_clone_makes_its_demo_and_installs_nothing_the_second_time(tmp_p
     if not (ROOT / ".git").exists() or not shutil.which("git"):
         pytest.skip("not a git checkout")
     run("git", "clone", "--quiet", ROOT, tmp_path / "clone", cwd=tmp_path)
-    first = run("make", "demo", cwd=tmp_path / "clone")
-    assert "Which groups teach nothing, since which step?" in first
-    second = run("make", "demo", cwd=tmp_path / "clone")
-    assert "pip" not in second and "0 rollouts new" in second
+    first = run("make", "demo", "DEMO=--fast", cwd=tmp_path / "clone")
+    assert "DEGENERACY APPEARS" in first and "All of it as a page" in first
+    second = run("make", "demo", "DEMO=--fast", cwd=tmp_path / "clone")
+    assert "pip" not in second and "The page: " in second and "DEGENERACY" not in second

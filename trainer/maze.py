@@ -14,12 +14,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 SIZE, WALLS, MOST_MOVES = 6, 10, 14
 MAX_TOKENS = 2 * MOST_MOVES + 1  # a cell and a newline each, and the end
 CELLS = tuple(f"{column}{row}" for column in "abcdef" for row in range(1, SIZE + 1))
 EOS, PAD = "<end>", "<pad>"
+WEIGHTS = Path(__file__).parent / "weights"  # of a policy: `python -m trainer.pretrain --out trainer/weights --half`
 EASY, HARD = (3, 6), (8, 10)  # levels of RL, and of what it never sees
 STRAY, SLIDE, LONGEST_SLIDE = 0.3, 0.35, 3  # of the solver: it wanders, so that there is something to learn
 

@@ -110,9 +110,11 @@ def main() -> None:
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--steps", type=int, default=STEPS)
     options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--half", action="store_true", help="save in 16 bits")
     o = options.parse_args()
     torch.set_num_threads(o.threads)
-    save(pretrain(o.seed, o.steps, lambda text: print(text, file=sys.stderr)), o.out)
+    model = pretrain(o.seed, o.steps, lambda text: print(text, file=sys.stderr, flush=True))
+    save(model.half() if o.half else model, o.out)
 
 
 if __name__ == "__main__":
