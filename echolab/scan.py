@@ -42,10 +42,14 @@ def text(value: object) -> str:
     return "'" + str(value).replace("'", "''") + "'"
 
 
-def parquet(files: Sequence[Path], options: str = "") -> str:
-    """`read_parquet` over these files, and over nothing else: brackets and stars in a name are no pattern."""
-    names = ", ".join(text(escape(f)) for f in files)
-    return f"read_parquet([{names}], union_by_name = true, hive_partitioning = false{options})"
+def parquet(files: Sequence[Path], options: str = "", *, alike: bool = False) -> str:
+    """`read_parquet` over these files, and over nothing else: brackets and stars in a name are no pattern. `alike`: all have
+    the same columns; else each query opens all of them only to learn which they have."""
+    return f"read_parquet({_names(files)}, union_by_name = {not alike}, hive_partitioning = false{options})"
+
+
+def _names(files: Sequence[Path]) -> str:
+    return f"[{', '.join(text(escape(f)) for f in files)}]"
 
 
 def escape(path: Path) -> str:
@@ -61,7 +65,7 @@ def relation(
     if not files:
         columns = ", ".join(f'NULL::{duckdb_type(c.type)} AS "{c.name}"' for c in spec.columns)
         return f"SELECT {columns} WHERE false"
-    source = parquet(files)
+    source = parquet(files, alike=_alike(con, files))
     there = {row[0] for row in con.sql(f"DESCRIBE SELECT * FROM {source}").fetchall()}
 
     def column(name: str, type: str) -> str:
@@ -70,3 +74,10 @@ def relation(
 
     columns = ", ".join(column(c.name, duckdb_type(c.type)) for c in spec.columns)
     return f"SELECT {columns} FROM {source}"
+
+
+def _alike(con: duckdb.DuckDBPyConnection, files: Sequence[Path]) -> bool:
+    """All files have the same columns, of the same types."""
+    column = "{'name': name, 'type': type, 'logical': logical_type::VARCHAR}"
+    columns = f"SELECT list({column} ORDER BY name, type) AS columns FROM parquet_schema({_names(files)}) GROUP BY file_name"
+    return con.sql(f"SELECT count(DISTINCT columns) = 1 FROM ({columns})").fetchall()[0][0]

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from copy import copy
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -37,29 +38,61 @@ class Session:
     """`with Session(store.snapshot()) as s: s.sql("SELECT ...")`. What is committed later does not show."""
 
     def __init__(
-        self, snapshot: Snapshot, options: Options | None = None, *, memory_limit: str | None = None, threads: int | None = None
+        self,
+        snapshot: Snapshot,
+        options: Options | None = None,
+        *,
+        memory_limit: str | None = None,
+        threads: int | None = None,
+        keep: Mapping[str, str] | None = None,
+        beside: int = 0,
     ):
+        """`keep` are SELECTs by name whose answers are held as tables; one that is named as a view takes its place. `beside`
+        are further sessions over the same views, for other threads."""
         self.snapshot = snapshot
+        self.beside: list[Session] = []
+        self.give_up: Callable[[], str | None] | None = None  # asked while a query runs: why it should end
         self._scratch = tempfile.TemporaryDirectory(prefix="echolab-", ignore_cleanup_errors=True)
         limits = {k: v for k, v in (("memory_limit", memory_limit), ("threads", threads)) if v is not None}
         self._con = duckdb.connect(config=_CONFIG | {"temp_directory": self._scratch.name} | limits)
         try:
             with _clear_errors():
-                self._con.execute("SET TimeZone = 'UTC'")
+                self._set(remember=beside > 0)
                 Base(self._con, snapshot, options or Options()).build()
                 for name in VIEWS:
                     self._con.execute(f"CREATE VIEW {name} AS {view_files()[name].sql}")
+                if keep:
+                    self._keep(keep)
+                self.beside = [self._another() for _ in range(beside)]
                 self._lock()
         except BaseException:
             self.close()
             raise
+
+    def _set(self, remember: bool) -> None:
+        """What each connection has to be told. A session that lives long remembers the footers of files."""
+        self._con.execute("SET TimeZone = 'UTC'")
+        self._con.execute(f"SET parquet_metadata_cache = {remember}")
+
+    def _keep(self, tables: Mapping[str, str]) -> None:
+        self._con.execute("CREATE SCHEMA kept")
+        for name, query in tables.items():
+            self._con.execute(f"CREATE TABLE kept.{name} AS {query}")
+            self._con.execute(f"CREATE OR REPLACE VIEW {name} AS FROM kept.{name}")
+
+    def _another(self) -> Session:
+        other = copy(self)
+        other._con, other.beside = self._con.cursor(), []
+        other._set(remember=True)
+        return other
 
     def _lock(self) -> None:
         """No file outside the store, no setting, no write. The transaction is what refuses a DELETE inside a WITH."""
         self._con.execute(f"SET allowed_directories = [{text(str(self.snapshot.store.root) + '/')}]")
         self._con.execute("SET enable_external_access = false")
         self._con.execute("SET lock_configuration = true")
-        self._con.execute("START TRANSACTION READ ONLY")
+        for session in (self, *self.beside):
+            session._con.execute("START TRANSACTION READ ONLY")
 
     def sql(self, query: str, params: Mapping[str, Any] | Sequence[Any] | None = None) -> pl.DataFrame:
         """The answer to one SELECT."""
@@ -80,6 +113,8 @@ class Session:
             yield from self._relation(query, None).to_arrow_reader(rows)
 
     def close(self) -> None:
+        for other in self.beside:
+            other._con.close()
         self._con.close()
         self._scratch.cleanup()
 
@@ -112,7 +147,9 @@ class Session:
             try:
                 while not future.done():
                     wait([future], 0.1)
-            except KeyboardInterrupt:
+                    if self.give_up and not future.done() and (why := self.give_up()):
+                        raise EcholabError(why)
+            except (KeyboardInterrupt, EcholabError):
                 while not future.done():  # again, should the query only now begin
                     self._con.interrupt()
                     wait([future], 0.05)

@@ -60,11 +60,11 @@ def report(
     static: str | Path | None = None,
 ) -> Report:
     """Write the page of a store, of these runs or of all. With `static`, each chart also as SVG and PNG into that folder."""
-    vega, out = _vega(), Path(out)
+    library, out = vega(), Path(out)
     choice = choose(snapshot, clipset, verifier, scorer, segmenter)
     with Session(snapshot, choice.options) as session:
-        content = _Content(Answers.of(session, runs), choice, MOST_BYTES - SPARE - len(vega))
-        scripts = [vega, part("reader.js"), part("page.js")]
+        content = _Content(Answers.of(session, runs), choice, MOST_BYTES - SPARE - len(library))
+        scripts = [library, part("reader.js"), part("page.js")]
         title = f"echolab: {_named(content.answers)}"
         written = page(title, content.body(), [part("style.css")], scripts, content.data()).encode()
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -77,41 +77,63 @@ def report(
     return Report(str(out), len(written), len(found.entries), found.n_groups, charts, content.missing, content.notes, images)
 
 
-class _Content:
-    """What stands on the page: its figures, and as many groups as fit into `room` bytes beside them."""
+class Overview:
+    """What a page says of a store beside its rollouts: findings, charts and tables. `sampled`: not all groups are in it."""
 
-    def __init__(self, answers: Answers, choice: Choice, room: int):
+    def __init__(self, answers: Answers, choice: Choice, sampled: bool = False):
         self.answers, self.clipset, self.notes = answers, choice.clipset, list(choice.notes)
         if len(answers.runs) > SERIES:
             self.notes.append(f"Charts show the {SERIES} largest of {len(answers.runs)} runs: `--run` chooses.")
         self.drawn, self.absent = draw(answers)
         self.specs = {name: list(map(_spec, figures)) for name, figures in self.drawn.items()}
-        room -= sum(len(spec.encode()) for specs in self.specs.values() for spec in specs)
-        self.found = sample(answers.session, answers.runs, self.clipset, room)
-        if "problem_visits" in self.drawn:  # again, with dots where there is something to read
-            self.drawn["problem_visits"] = problem_visits(answers, PAGE, frozenset(self.found.payloads))
-            self.specs["problem_visits"] = list(map(_spec, self.drawn["problem_visits"]))
         without = [*self.absent.values(), *([] if experts_table(answers) else [NO_EXPERTS])]
         self.missing = list(dict.fromkeys(without)) if answers.runs else []  # without a policy the headline says enough
         tables = {"clips": sections.clip_sets(answers)}
-        self.charted, self.places = sections.charted(self.drawn, self.absent if answers.runs else {}, tables)
+        self.charted, self.places = sections.charted(self.drawn, self.absent if answers.runs else {}, tables, sampled)
+
+    def mark_readable(self, groups: frozenset[str]) -> None:
+        """Dots in the heat-map of problems, where there is something to read."""
+        if "problem_visits" in self.drawn:
+            self.specs["problem_visits"] = list(map(_spec, problem_visits(self.answers, PAGE, groups)))
+
+    def top(self, kicker: str) -> str:
+        return sections.top(finding(self.answers), f"{kicker} · {_named(self.answers)}")
+
+    def before(self) -> str:
+        """Runs and charts."""
+        return (sections.runs(self.answers) if self.answers.runs else "") + self.charted
+
+    def after(self) -> str:
+        """Where all this comes from, and what is not there."""
+        live = self.answers.session.snapshot.ledger.live
+        return (sections.sources(self.answers) if live else "") + sections.missing(self.missing)
+
+    def foot(self) -> str:
+        return sections.foot(self.notes, provenance(self.answers, self.clipset))
+
+    def charts(self) -> str:
+        """The specifications by the id of their element, in JSON."""
+        return "{" + ",".join(f'"{place}":{self.specs[name][i]}' for place, (name, i) in self.places.items()) + "}"
+
+
+class _Content(Overview):
+    """What stands in a report: the overview, and as many groups as fit into `room` bytes beside it."""
+
+    def __init__(self, answers: Answers, choice: Choice, room: int):
+        super().__init__(answers, choice, sampled=True)
+        room -= sum(len(spec.encode()) for specs in self.specs.values() for spec in specs)
+        self.found = sample(answers.session, answers.runs, self.clipset, room)
+        self.mark_readable(frozenset(self.found.payloads))
 
     def body(self) -> str:
-        answers = self.answers
-        main = [
-            sections.runs(answers) if answers.runs else "",
-            self.charted,
-            sections.reader(_about_reader(answers.session, self.clipset, self.found)) if self.found.entries else "",
-            sections.sources(answers) if answers.session.snapshot.ledger.live else "",
-            sections.missing(self.missing),
-        ]
-        top = sections.top(finding(answers), f"echolab report · {_named(answers)}")
-        return f"{top}<main>{''.join(main)}</main>{sections.foot(self.notes, provenance(answers, self.clipset))}"
+        reader = ""
+        if self.found.entries:
+            reader = sections.reader(_about_reader(self.answers.session, self.clipset, self.found))
+        return f"{self.top('echolab report')}<main>{self.before()}{reader}{self.after()}</main>{self.foot()}"
 
     def data(self) -> dict[str, str]:
         """JSON by the id of its element."""
-        charts = (f'"{place}":{self.specs[name][i]}' for place, (name, i) in self.places.items())
-        data = {"charts": "{" + ",".join(charts) + "}"}
+        data = {"charts": self.charts()}
         if self.found.entries:
             data["reader-index"] = reader_index(self.found.entries, self.found.scale(), KINDS)
             data |= {f"g-{id}": payload for id, payload in self.found.payloads.items()}
@@ -119,7 +141,7 @@ class _Content:
 
 
 @cache
-def _vega() -> str:
+def vega() -> str:
     """Vega, Vega-Lite and what embeds them: once for all charts."""
     try:
         import vl_convert
@@ -168,7 +190,7 @@ def _about_reader(session: Session, clipset: str | None, found: Sample) -> str:
         f", with up to {SIZES[0][0]} rollouts each: the shortest, the longest, right and wrong ones in turn."
         " `?` lists the keys, and the address leads back to what is open."
     )
-    return f"{said} {colours(session, found.scale())} {_clips(clipset)}"
+    return f"{said} {colours(session, found.scale())} {clips(clipset)}"
 
 
 def colours(session: Session, scale: Mapping[str, float]) -> str:
@@ -187,7 +209,8 @@ def colours(session: Session, scale: Mapping[str, float]) -> str:
     )
 
 
-def _clips(clipset: str | None) -> str:
+def clips(clipset: str | None) -> str:
+    """Which clips are marked, in words."""
     return "" if clipset is None else f"EchoClips are those of {clipset}, underlined up to their end."
 
 

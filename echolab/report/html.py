@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing else: its policy allows no request, and no script but those it was made with."""
+"""One HTML page that needs nothing else: its policy allows no request but where said so, and no script but its own."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from typing import Any
 from echolab.report.sample import as_json
 
 
-def part(name: str) -> str:
-    """A file of this package: style.css, reader.js or page.js."""
-    return (resources.files("echolab.report") / name).read_text("utf-8")
+def part(name: str, package: str = "echolab.report") -> str:
+    """A file of a page: style.css, reader.js, page.js; or that of another package."""
+    return (resources.files(package) / name).read_text("utf-8")
 
 
-def page(title: str, body: str, styles: Sequence[str], scripts: Sequence[str], data: Mapping[str, str]) -> str:
-    """The whole page. `data` are elements of JSON by their id, as `as_json` writes it."""
+def page(
+    title: str, body: str, styles: Sequence[str], scripts: Sequence[str], data: Mapping[str, str], *, connect: str = "'none'"
+) -> str:
+    """The whole page. `data` are elements of JSON by their id, as `as_json` writes it; `connect` is whom it may ask."""
     policy = (
-        f"default-src 'none'; script-src {_hashes(scripts)}; style-src {_hashes(styles)}; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; script-src {_hashes(scripts)}; style-src {_hashes(styles)}; connect-src {connect};"
+        " base-uri 'none'; form-action 'none'"
     )
     return "".join(
         [

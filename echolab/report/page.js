@@ -1,7 +1,9 @@
-// The page of a report: draws its charts, and opens what is clicked in them in the reader.
+// The charts of a page: `drawCharts(specs, reader)` draws each into the element of its id, and opens what is clicked in the
+// reader. The page of a report holds both and starts on its own.
 "use strict";
 (() => {
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
+  const drawn = []; // views that are in the page
   const tip = Object.assign(document.createElement("div"), { className: "tip", hidden: true });
   document.body.append(tip);
 
@@ -26,6 +28,7 @@
       if (encoding.y?.axis?.labelLimit) encoding.y.axis.labelLimit = place.clientWidth * 0.4;
     const { view } = await vegaEmbed(place, spec, { ast: true, renderer: "svg", actions: false, defaultStyle: false, tooltip: tell, logLevel: 1 });
     place.dataset.drawn = "";
+    drawn.push(view);
     view.addEventListener("click", (event, item) => {
       const id = item?.datum?.group_id;
       if (!id) return;
@@ -49,21 +52,29 @@
     return redraw();
   }
 
-  async function start() {
-    const index = document.getElementById("reader-index");
-    const reader = index && new EcholabReader(document.getElementById("reader"), new EmbeddedGroups(read("reader-index")));
-    for (const [id, spec] of Object.entries(read("charts"))) {
+  // Those that were drawn before are taken away.
+  async function drawCharts(specs, reader) {
+    for (const view of drawn.splice(0)) view.finalize();
+    for (const [id, spec] of Object.entries(specs)) {
       const place = document.getElementById(id);
       await (place.closest("figure").querySelector("[data-sort]") ? sortable(place, spec, reader) : draw(place, spec, reader));
     }
+  }
+
+  async function start() {
+    const index = document.getElementById("reader-index");
+    const reader = index && new EcholabReader(document.getElementById("reader"), new EmbeddedGroups(read("reader-index")));
+    await drawCharts(read("charts"), reader);
     await reader?.ready;
     document.documentElement.dataset.ready = "";
   }
 
-  document.getElementById("theme").addEventListener("click", () => {
+  document.addEventListener("click", (event) => {
+    if (event.target.id !== "theme") return;
     const { style } = document.documentElement, dark = getComputedStyle(document.body).colorScheme === "dark" || (!style.colorScheme && matchMedia("(prefers-color-scheme: dark)").matches);
     style.colorScheme = dark ? "light" : "dark";
     window.dispatchEvent(new Event("resize"));
   });
-  start();
+  window.drawCharts = drawCharts;
+  if (document.getElementById("charts")) start();
 })();

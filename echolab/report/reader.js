@@ -7,6 +7,11 @@
 //   load(id), a promise of a group as report/rollouts.py writes it, or of null,
 //   absent(id), what to say of a group that it does not hold,
 //   runs, kinds ([kind, word]), and scale {entropy, surprise, fork, segment} in nats.
+// One that holds more groups than a list can show has also
+//   sorts ([value, word]) and columns: then `find` is given sort, where (a condition in SQL) and page, too, and its promise
+//   has found (how many there are on all pages), page and pages,
+//   all(id), a promise of a group with all its rollouts, and whole(id, rollout), of a rollout that is cut in its group.
+// Its promises may fail: the error's message is shown. After it has changed, `renew()` offers its runs, kinds and colours.
 // What models wrote goes through textContent only; signs for what cannot be seen are CSS, and no part of the text.
 "use strict";
 (() => {
@@ -35,6 +40,8 @@
     ["?", "this help"],
     ["Esc", "leave search and help"],
   ];
+
+  const PAGE_KEYS = [["]  [", "next and previous page of groups"]];
 
   function make(tag, attributes = {}, ...children) {
     const element = document.createElement(tag);
@@ -185,7 +192,8 @@
       this.element = make("article", { class: `rollout ${rollout.role === group.role ? "" : "expert"}`, tabindex: "0",
         "data-rollout": rollout.id, "aria-label": this.title(group), onfocus: () => reader.select(this) },
         this.header(group), this.bars(), this.text.element,
-        left ? make("footer", {}, `${number(left)} more ${rollout.tokens_left_out ? "tokens" : "characters"} are left out here.`) : null);
+        left ? make("footer", {}, `${number(left)} more ${rollout.tokens_left_out ? "tokens" : "characters"} are left out here.`,
+          reader.source.whole ? make("button", { type: "button", class: "more", onclick: () => reader.unfold(this, group, first) }, "show all") : null) : null);
     }
     get clip() { return Math.min(this.rollout.clip_end ?? 0, this.lengths?.length ?? 0); }
     // Pieces of the peak, of the clip, and from where on the rollout differs from the first one.
@@ -286,48 +294,88 @@
       this.ready = this.refresh().then(() => this.follow() || (this.groups.length ? this.open(this.groups[0].group_id, undefined, true) : null));
     }
     build() {
-      const { source } = this, select = (label, values) => make("select", { "aria-label": label, onchange: () => this.refresh() },
-        make("option", { value: "" }, label), ...values.map(([value, word]) => make("option", { value }, word)));
-      this.run = source.runs.length > 1 ? select("all runs", source.runs.map((run) => [run, run])) : null;
-      this.kind = select("all kinds", source.kinds);
-      this.outcome = select("all outcomes", [["right", "right"], ["wrong", "wrong"], ["unrewarded", "without reward"]]);
-      this.words = make("input", { type: "search", placeholder: "search prompts and rollouts ( / )", "aria-label": "search",
-        oninput: () => { clearTimeout(this.waiting); this.waiting = setTimeout(() => this.refresh(), 200); },
+      const select = (label) => make("select", { "aria-label": label, onchange: () => this.refresh() });
+      this.run = select("all runs");
+      this.kind = select("all kinds");
+      this.outcome = select("all outcomes");
+      this.sort = select("sorted by");
+      this.where = make("input", { type: "text", class: "where", spellcheck: "false", autocapitalize: "off", "aria-label": "condition in SQL",
+        placeholder: "SQL condition, as n_success = 1 AND step > 100", onchange: () => this.refresh() });
+      this.words = make("input", { type: "search", placeholder: `search prompts and rollouts${this.source.sorts ? ", Enter" : ""} ( / )`, "aria-label": "search",
+        oninput: () => { if (this.source.sorts && this.words.value) return; clearTimeout(this.waiting); this.waiting = setTimeout(() => this.refresh(), 200); },
         onkeydown: (event) => { if (event.key === "Enter") { clearTimeout(this.waiting); this.refresh().then(() => this.nextHit(1)); } } });
-      const coloured = source.scale.entropy > 0;
       this.modes = make("div", { class: "modes", role: "group", "aria-label": "colour of the tokens" }, ...MODES.map(([mode, key, word, title]) =>
         make("button", { type: "button", "data-mode": mode, title: `${title} (${key})`, onclick: () => this.colour(mode) }, word)));
       this.legend = make("div", { class: "legend", "aria-hidden": true });
+      this.keys = make("button", { type: "button", class: "ask", title: "keys (?)", onclick: () => this.help.showModal() }, "?");
+      this.bar = make("div", { class: "bar" });
       this.status = make("p", { class: "status", role: "status" });
+      this.news = make("button", { type: "button", class: "news", hidden: true });
       this.list = make("ol", { class: "groups" });
+      this.place = make("input", { type: "number", min: "1", "aria-label": "page", onchange: () => this.turnTo(Number(this.place.value)) });
+      this.pages = make("span");
+      this.pager = make("div", { class: "pager", hidden: true },
+        make("button", { type: "button", title: "previous page ( [ )", onclick: () => this.turnTo(this.page - 1) }, "\u2039"), this.place, this.pages,
+        make("button", { type: "button", title: "next page ( ] )", onclick: () => this.turnTo(this.page + 1) }, "\u203a"));
       this.group = make("div", { class: "group" });
       this.tip = make("div", { class: "tip", role: "tooltip", hidden: true });
       this.help = make("dialog", { class: "keys" }, make("h3", {}, "Keys"),
-        make("table", {}, make("tbody", {}, ...KEYS.map(([key, does]) => make("tr", {}, make("th", {}, key), make("td", {}, does))))),
+        make("table", {}, make("tbody", {}, ...[...KEYS, ...(this.source.sorts ? PAGE_KEYS : [])].map(([key, does]) => make("tr", {}, make("th", {}, key), make("td", {}, does))))),
         make("button", { type: "button", onclick: () => this.help.close() }, "close"));
       this.root.classList.add("reader");
-      this.root.replaceChildren(
-        make("div", { class: "bar" }, this.words, this.run, this.kind, this.outcome, coloured ? this.modes : null, coloured ? this.legend : null,
-          make("button", { type: "button", class: "ask", title: "keys (?)", onclick: () => this.help.showModal() }, "?")),
-        make("div", { class: "body" }, make("nav", { class: "side", "aria-label": "groups" }, this.status, this.list), this.group), this.tip, this.help);
+      this.root.replaceChildren(this.bar,
+        make("div", { class: "body" }, make("nav", { class: "side", "aria-label": "groups" }, this.status, this.news, this.list, this.pager), this.group), this.tip, this.help);
       for (const type of ["mouseover", "click"]) this.group.addEventListener(type, (event) => this.point(event));
       this.group.addEventListener("mouseleave", () => { this.tip.hidden = true; });
+      this.renew();
+    }
+    renew() {
+      const { source } = this, coloured = source.scale.entropy > 0;
+      const offer = (select, values) => {
+        const { value } = select, all = select === this.sort ? [] : [["", select.getAttribute("aria-label")]];
+        select.replaceChildren(...[...all, ...values].map(([value, word]) => make("option", { value }, word)));
+        if (value) select.value = value;
+      };
+      offer(this.run, source.runs.map((run) => [run, run]));
+      offer(this.kind, source.kinds);
+      offer(this.outcome, [["right", "right"], ["wrong", "wrong"], ["unrewarded", "without reward"]]);
+      offer(this.sort, source.sorts || []);
+      this.where.title = `columns: ${(source.columns || []).join(", ")}`;
+      this.bar.replaceChildren(...[this.words, source.runs.length > 1 ? this.run : null, this.kind, this.outcome, ...(source.sorts ? [this.sort, this.where] : []),
+        ...(coloured ? [this.modes, this.legend] : []), this.keys].filter(Boolean));
       this.colour(this.mode);
     }
     // The list anew; what is open stays open where the list has it.
-    async refresh() {
+    // `open`: which one to open where the list does not have what was open, its first or its last, or none.
+    async refresh({ page = 1, open = "first" } = {}) {
       const words = this.words.value.trim(), asking = (this.asking = {});
-      const found = await this.source.find({ words, run: this.run?.value || "", kind: this.kind.value, outcome: this.outcome.value });
+      const query = { words, run: this.run.value, kind: this.kind.value, outcome: this.outcome.value };
+      if (this.source.sorts) Object.assign(query, { sort: this.sort.value, where: this.where.value.trim(), page });
+      this.root.setAttribute("aria-busy", "true");
+      const found = await this.source.find(query).catch((error) => ({ error }));
       if (asking !== this.asking) return;
-      this.groups = found.groups;
+      this.root.removeAttribute("aria-busy");
+      this.status.classList.toggle("wrong", Boolean(found.error));
+      if (found.error) { this.status.textContent = found.error.message; return; }
+      Object.assign(this, { groups: found.groups, page: found.page ?? 1, last: found.pages ?? 1 });
       this.pattern = words ? new RegExp(words.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"), "giu") : null;
-      const shown = this.groups.length === found.total ? "" : `${number(this.groups.length)} of `;
+      const n = found.found ?? this.groups.length, shown = n === found.total ? "" : `${number(n)} of `;
       this.status.textContent = `${shown}${number(found.total)} group${found.total === 1 ? "" : "s"}`;
+      this.pager.hidden = this.last < 2;
+      this.place.value = this.page;
+      this.place.max = this.last;
+      this.pages.textContent = `of ${number(this.last)}`;
       this.list.replaceChildren(...this.groups.map((group) => this.item(group)));
       if (this.id === undefined) return;
-      const stays = this.groups.some((group) => group.group_id === this.id);
-      if (stays || this.groups.length) await this.open(stays ? this.id : this.groups[0].group_id, stays ? this.current?.rollout.id : undefined, true);
+      const stays = this.groups.some((group) => group.group_id === this.id), other = open === "last" ? this.groups[this.groups.length - 1] : this.groups[0];
+      if (stays || open === "none") this.mark(this.id);
+      if (open === "none") return;
+      if (stays || other) await this.open(stays ? this.id : other.group_id, stays ? this.current?.rollout.id : undefined, true);
       else this.group.replaceChildren(make("p", { class: "absent" }, "No group is like this."));
+    }
+    turnTo(page, open = "first") {
+      if (page >= 1 && page <= this.last) return this.refresh({ page: Math.round(page), open });
+      this.place.value = this.page;
     }
     item(group) {
       const right = group.n_rewarded ? `${number(group.n_success)} of ${number(group.n_rewarded)} right` : "no rewards";
@@ -340,23 +388,26 @@
     }
     // `quietly`: the address stays as it is.
     async open(id, rollout, quietly = false) {
-      const opening = (this.opening = {}), group = await this.source.load(id);
+      const opening = (this.opening = {}), group = await this.source.load(id).catch((error) => ({ error }));
       if (opening !== this.opening) return;
       this.tip.hidden = true;
       this.id = id;
       this.current = null;
       this.show(group, id);
+      this.mark(id);
+      const column = this.columns.find((c) => c.rollout.id === rollout) || this.columns[0];
+      if (column) this.select(column, { scroll: rollout !== undefined && !quietly, quietly });
+    }
+    mark(id) {
       for (const link of this.list.querySelectorAll("a")) link.toggleAttribute("aria-current", link.dataset.group === id);
       const here = this.list.querySelector("[aria-current]");
       if (here) this.list.scrollTop += here.getBoundingClientRect().top - this.list.getBoundingClientRect().top - this.list.clientHeight / 3;
-      const column = this.columns.find((c) => c.rollout.id === rollout) || this.columns[0];
-      if (column) this.select(column, { scroll: rollout !== undefined && !quietly, quietly });
     }
     show(group, id) {
       this.seen.disconnect();
       this.hit = -1;
       this.columns = [];
-      if (!group) { this.group.replaceChildren(make("p", { class: "absent" }, this.source.absent(id))); return; }
+      if (!group || group.error) { this.group.replaceChildren(make("p", { class: "absent" }, group ? group.error.message : this.source.absent(id))); return; }
       const wanted = this.outcome.value;
       for (const rollout of group.rollouts) {
         const mine = rollout.role === group.role;
@@ -364,11 +415,35 @@
         this.columns.push(new Column(this, rollout, group, mine && this.columns.find((column) => column.rollout.role === group.role)));
       }
       this.group.replaceChildren(this.about(group), make("div", { class: "columns" }, ...this.columns.map((column) => column.element)));
-      for (const column of this.columns) {
-        column.text.search(this.pattern);
-        column.text.chunks.forEach((chunk) => this.seen.observe(chunk.element));
-        column.draw();
-      }
+      for (const column of this.columns) this.settle(column);
+    }
+    // A column that stands in the page.
+    settle(column) {
+      column.text.search(this.pattern);
+      column.text.chunks.forEach((chunk) => this.seen.observe(chunk.element));
+      column.draw();
+    }
+    // A rollout that was cut, whole.
+    async unfold(column, group, first) {
+      const button = column.element.querySelector("footer button");
+      button.disabled = true;
+      try {
+        const whole = new Column(this, await this.source.whole(group.group_id, column.rollout.id), group, first);
+        const { scrollTop } = column.element;
+        column.element.replaceWith(whole.element);
+        whole.element.scrollTop = scrollTop;
+        this.columns[this.columns.indexOf(column)] = whole;
+        this.settle(whole);
+        this.select(whole);
+      } catch (error) { button.replaceWith(` ${error.message}`); }
+    }
+    // All rollouts of a group of which some are shown.
+    async everyone(group) {
+      const all = await this.source.all(group.group_id).catch((error) => ({ error }));
+      if (this.id !== group.group_id) return;
+      this.current = null;
+      this.show(all, this.id);
+      if (this.columns.length) this.select(this.columns[0]);
     }
     about(group) {
       const shown = group.rollouts.filter((rollout) => rollout.role === group.role).length;
@@ -387,7 +462,14 @@
       if (group.prompt.length > LONG_PROMPT) fold();
       return make("div", { class: "about" }, make("p", { class: "facts" }, make("span", { class: `kind ${group.kind}`, "aria-hidden": true }),
         make("b", {}, word), ` \u00b7 ${facts}`, why && why !== word ? make("span", { class: "why" }, why) : null), prompt.element,
-        more.textContent ? more : null, group.prompt_left_out ? make("p", { class: "facts" }, `${number(group.prompt_left_out)} more characters are left out here.`) : null);
+        more.textContent ? more : null, ...this.onwards(group, shown), group.prompt_left_out ? make("p", { class: "facts" }, `${number(group.prompt_left_out)} more characters are left out here.`) : null);
+    }
+    onwards(group, shown) {
+      const { source } = this, button = (word, onclick) => make("button", { type: "button", class: "more", onclick }, word);
+      return [
+        source.all && shown < group.n ? button(`all ${number(group.n)} rollouts`, () => this.everyone(group)) : null,
+        source.sorts && group.problem_id ? button("all groups of this problem", () => { this.where.value = `problem_id = '${group.problem_id}'`; this.refresh(); }) : null,
+      ];
     }
     select(column, { scroll = false, quietly = false } = {}) {
       if (this.current !== column) {
@@ -432,8 +514,9 @@
       column.text.goToHit(i);
     }
     step(by) {
-      const next = this.groups[this.groups.findIndex((group) => group.group_id === this.id) + by];
-      if (next) this.open(next.group_id);
+      const next = this.groups.findIndex((group) => group.group_id === this.id) + by;
+      if (this.groups[next]) this.open(this.groups[next].group_id);
+      else if (this.last > 1) this.turnTo(this.page + by, by < 0 ? "last" : "first");
     }
     turn(by) {
       const next = this.columns[this.columns.indexOf(this.current) + by];
@@ -454,7 +537,7 @@
         ArrowRight: () => this.turn(1), ArrowLeft: () => this.turn(-1), n: () => this.nextHit(1), N: () => this.nextHit(-1),
         p: () => current?.rollout.peak !== undefined && current.goToSegment(current.rollout.peak),
         c: () => current?.clip && current.text.goTo(current.clip - 1), d: () => current?.fork !== undefined && current.text.goTo(current.fork),
-        "/": () => { this.words.focus(); this.words.select(); }, "?": () => this.help.showModal(),
+        "]": () => this.turnTo(this.page + 1), "[": () => this.turnTo(this.page - 1), "/": () => { this.words.focus(); this.words.select(); }, "?": () => this.help.showModal(),
         ...Object.fromEntries(MODES.map(([mode, key]) => [key, () => this.colour(mode)])),
       }[event.key];
       if (does) { event.preventDefault(); does(); }

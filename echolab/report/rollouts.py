@@ -31,18 +31,18 @@ def facts(session: Session, group_id: str) -> dict[str, Any]:
     return rows[0]
 
 
-def experts(session: Session, problems: Sequence[str]) -> dict[str, str]:
-    """Of each problem the expert rollout to show: a right one before others, then a scored one, then the shortest."""
-    if not problems:
-        return {}
+def experts(session: Session, problems: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Of each problem (of these, or all) the expert rollout to show, with its run and step: a right one before others, then
+    a scored one, then the shortest."""
+    those = "" if problems is None else f" AND problem_id IN ({_list(problems)})"
     found = session.sql(
-        f"""SELECT problem_id, arg_min(rollout_id, {{
+        f"""SELECT problem_id, unnest(arg_min({{'rollout_id': rollout_id, 'run': run, 'step': step}}, {{
                 'wrong': CASE success WHEN true THEN 0 WHEN false THEN 2 ELSE 1 END,
                 'unscored': rollout_id NOT IN (SELECT rollout_id FROM scores WHERE scorer = chosen_scorer()),
-                'chars': coalesce(n_chars, 0), 'rollout_id': rollout_id}}) AS rollout_id
-        FROM rollouts WHERE role = 'expert' AND problem_id IN ({_list(problems)}) GROUP BY problem_id"""
+                'chars': coalesce(n_chars, 0), 'rollout_id': rollout_id}}))
+        FROM rollouts WHERE role = 'expert'{those} AND problem_id IS NOT NULL GROUP BY problem_id"""
     )
-    return dict(found.iter_rows())
+    return {row.pop("problem_id"): row for row in found.to_dicts()}
 
 
 def spelling(session: Session, ids: Sequence[int] | None = None) -> dict[int, bytes]:
@@ -85,27 +85,29 @@ def read_groups(
     clipset: str | None = None,
     *,
     rollouts: int | None = None,
-    experts: Mapping[str, str] | None = None,
+    experts: Mapping[str, Mapping[str, Any]] | None = None,
     pieces: Mapping[int, bytes] | None = None,
 ) -> Iterator[Group]:
-    """Groups by their facts, some at a time, with at most so many `rollouts` of each (else all). `experts` are rollouts by
-    problem. Who reads many groups gives the `pieces` of all tokens."""
+    """Groups by their facts, some at a time, with at most so many `rollouts` of each (else all). `experts` are those that
+    the function of this name found. Who reads many groups gives the `pieces` of all tokens."""
     for start in range(0, len(groups), AT_ONCE):
         some = groups[start : start + AT_ONCE]
         beside = {g["group_id"]: (experts or {}).get(g["problem_id"] or "") for g in some}
-        ids = sorted({id for id in beside.values() if id})
-        of_experts = {r["rollout_id"]: r for r in (_rows(session, _those(ids), clipset) if ids else ())}
-        here = _near(some)
+        found = [expert for expert in beside.values() if expert]
+        there = around(found)
+        those = _those(expert["rollout_id"] for expert in found)
+        of_experts = {r["rollout_id"]: r for r in (_rows(session, f"{there} AND {those}", clipset, there) if found else ())}
+        here = around(some)
         of_groups: dict[str, list[dict[str, Any]]] = {g["group_id"]: [] for g in some}
         for row in _rows(session, f"{here} AND ({' OR '.join(map(_rows_of, some))})", clipset, here):
             of_groups[row["group_id"]].append(row)
         of_groups = {id: pick(rows, rollouts) for id, rows in of_groups.items()}
-        _add_numbers(session, [*of_experts.values()])
+        _add_numbers(session, [*of_experts.values()], there)
         _add_numbers(session, [row for rows in of_groups.values() for row in rows], here)
         chosen = [*of_experts.values(), *(row for rows in of_groups.values() for row in rows)]
         spelled = pieces or spelling(session, sorted({id for row in chosen for id in _ids(row)}))
         for group in some:
-            expert = of_experts.get(beside[group["group_id"]] or "")
+            expert = of_experts.get((beside[group["group_id"]] or {}).get("rollout_id", ""))
             yield Group(dict(group), of_groups[group["group_id"]], [expert] if expert else [], spelled)
 
 
@@ -123,9 +125,9 @@ def pick(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
     return [rows[i] for i in sorted(list(order)[:limit])]
 
 
-def _near(groups: Sequence[Mapping[str, Any]]) -> str:
-    """Holds for all rollouts and scores of the runs and steps of these groups. By these the files are sorted, and by no id:
-    without it all of them would have to be read."""
+def around(groups: Sequence[Mapping[str, Any]]) -> str:
+    """Holds for all rollouts and scores of the runs and steps of these groups or rollouts. By these the files are sorted,
+    and by no id: without it all of them would have to be read."""
     steps = {g["step"] for g in groups}
     known = ", ".join(str(step) for step in sorted(steps - {None})) or "NULL"
     runs = ", ".join(text(run) for run in sorted({g["run"] for g in groups}))

@@ -33,7 +33,7 @@ CHARTED = (
     (
         "problems",
         "Problem by problem",
-        "Click a cell to read its group; those with a dot are in this page.",
+        "Click a cell to read its group.",
         ("problem_visits",),
     ),
     (
@@ -145,10 +145,10 @@ def _overlap(rows: pl.DataFrame) -> str:
 
 
 def charted(
-    drawn: Mapping[str, Sequence[Figure]], absent: Mapping[str, str], tables: Mapping[str, str]
+    drawn: Mapping[str, Sequence[Figure]], absent: Mapping[str, str], tables: Mapping[str, str], dots: bool
 ) -> tuple[str, dict[str, tuple[str, int]]]:
     """The sections of charts, and which chart (its name and number) stands where. What is absent is said in its place.
-    `tables` stand before the charts of their section."""
+    `tables` stand before the charts of their section; `dots` are in the heat-map of problems."""
     content, places = [], {}
     for id, heading, about, names in CHARTED:
         shown = [(figure, name, i) for name in names for i, figure in enumerate(drawn.get(name, ()))]
@@ -161,6 +161,8 @@ def charted(
         grid = f'<div class="charts">{"".join(boxes)}</div>' if boxes else ""
         notes = "".join(f'<p class="absent">{words(f"No {what}.")}</p>' for what in gone)
         if grid or notes:
+            if id == "problems" and dots:
+                about += " Those with a dot are in this page."
             content.append(section(id, heading, about if grid else "", tables.get(id, ""), grid, notes))
     return "".join(content), places
 
