@@ -1,0 +1,1 @@
+"""`echolab view`: the reader and the charts of a report over a whole store, on this machine only."""

@@ -1,0 +1,103 @@
+// The page of `echolab view`: the reader over all groups of a store, which come from the server, and its overview, which is
+// drawn anew when the store has changed.
+"use strict";
+(() => {
+  const EVERY = 3000; // milliseconds between two looks at the store
+  const element = (id) => document.getElementById(id);
+  const number = (value) => value.toLocaleString("en-US");
+
+  async function ask(path, given = {}, options = {}) {
+    const query = new URLSearchParams(Object.entries(given).filter(([, value]) => value !== ""));
+    let response;
+    try { response = await fetch(`${path}?${query}`, options); }
+    catch (error) {
+      if (error.name === "AbortError") throw error;
+      throw new Error("The server does not answer: does `echolab view` still run?");
+    }
+    const said = await response.json().catch(() => ({ error: `The server answers ${response.status}.` }));
+    if (!response.ok) throw new Error(said.error);
+    return said;
+  }
+
+  // All groups of the store, as the reader wants them.
+  class ServedGroups {
+    constructor(state) { this.take(state); }
+    take({ runs, kinds, scale, sorts, columns }) { Object.assign(this, { runs, kinds, scale, sorts, columns }); }
+    find(query) {
+      this.finding?.abort(); // what nobody waits for any more, the server need not look for
+      this.finding = new AbortController();
+      return ask("groups", query, { signal: this.finding.signal });
+    }
+    load(id) { return ask(`group/${id}`); }
+    all(id) { return ask(`group/${id}`, { all: "1" }); }
+    whole(id, rollout) { return ask(`group/${id}`, { rollout }); }
+    absent(id) { return `Group ${id} is not in this store.`; }
+  }
+
+  let reader, source, shown, drawn = null; // the states of the list and of the overview that are in the page
+
+  function head(state) {
+    const several = state.runs.length > 1 ? ` of ${number(state.runs.length)} runs` : "";
+    const title = document.querySelector("#top h1");
+    if (drawn === null) title.textContent = `${number(state.rollouts)} rollouts in ${number(state.groups)} groups${several}`;
+    element("trouble").hidden = !state.trouble;
+    element("trouble").textContent = state.trouble ? `The store can no longer be read: ${state.trouble}. What is shown here is its last state.` : "";
+  }
+
+  // The list as it is now. What is open stays open.
+  async function show(state) {
+    shown = state;
+    element("about").textContent = `All ${number(state.groups)} groups can be read here. ? lists the keys, and the address leads back to what is open. ${state.colours}`;
+    element("read").hidden = !state.groups;
+    if (!state.groups) return;
+    if (!reader) {
+      source = new ServedGroups(state);
+      reader = new EcholabReader(element("reader"), source);
+      return reader.ready;
+    }
+    source.take(state);
+    reader.news.hidden = true;
+    reader.renew();
+    return reader.refresh({ page: reader.page, open: "none" });
+  }
+
+  function tell(state) {
+    const more = state.groups - shown.groups;
+    reader.news.textContent = more > 0 ? `${number(more)} more group${more === 1 ? "" : "s"}: show` : "The store has changed: show";
+    reader.news.onclick = () => show(state);
+    reader.news.hidden = false;
+  }
+
+  async function draw() {
+    const overview = await ask("overview");
+    if (!overview) return;
+    drawn = overview.edition;
+    const rest = element("rest");
+    rest.style.minHeight = `${rest.offsetHeight}px`; // the page keeps its height meanwhile
+    element("top").innerHTML = overview.parts.top;
+    rest.innerHTML = overview.parts.rest;
+    element("foot").innerHTML = overview.parts.foot;
+    await drawCharts(overview.charts, reader);
+    rest.style.minHeight = "";
+  }
+
+  async function look() {
+    const state = await ask("state");
+    head(state);
+    if (!shown || (!reader && state.groups)) await show(state);
+    else if (state.edition !== shown.edition) tell(state);
+    if (state.overview !== null && state.overview !== drawn) await draw();
+  }
+
+  async function start() {
+    try {
+      await look();
+      document.documentElement.dataset.ready = "";
+    } catch (error) {
+      element("trouble").hidden = false;
+      element("trouble").textContent = error.message;
+    }
+    setTimeout(start, document.hidden ? 5 * EVERY : drawn === null ? EVERY / 6 : EVERY);
+  }
+  start();
+})();
