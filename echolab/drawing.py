@@ -166,7 +166,8 @@ def gains(rows: pl.DataFrame, style: Style) -> Any:
         color=colour(rows, "word", words, "circle"),
         tooltip=tooltip,
     )
-    x = alt.X("low:Q", axis=alt.Axis(format="+.0%", title=None))
+    axis = alt.Axis(labelExpr="format(datum.value * 100, '+~r')", tickCount=6, title="points")
+    x = alt.X("low:Q", axis=axis, scale=alt.Scale(padding=12))
     zero = alt.Chart(rows).mark_rule(color=style.muted, strokeDash=[3, 3]).encode(x=alt.XDatum(0))
     line = base.mark_rule(strokeWidth=3, opacity=0.55).encode(x=x, x2="high:Q")
     point = base.mark_point(filled=True, opacity=1, size=80).encode(x="gain:Q")

@@ -119,7 +119,7 @@ def as_json(document: Any) -> str:
 
 
 def _candidates(runs: str, clipset: str | None) -> str:
-    """Facts and reason of the groups to take, the first ones first. Clips and scores go before: they can be shown."""
+    """Facts and reason of the groups to take, the first ones first. Scores and clips go before: they can be shown."""
     reasons = "".join(f"WHEN {_IS[reason]} THEN '{reason}' " for reason in REASONS)
     order = ", ".join(f"'{reason}'" for reason in REASONS)
     return f"""
@@ -159,7 +159,7 @@ def _candidates(runs: str, clipset: str | None) -> str:
       FROM judged
     )
     SELECT {FACTS}, reason FROM ranked WHERE place <= {EACH}
-    ORDER BY place, list_position([{order}], reason), run"""
+    ORDER BY has_scores DESC, place, list_position([{order}], reason), run"""
 
 
 _IS = {
