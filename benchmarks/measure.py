@@ -17,7 +17,11 @@ from typing import Any
 
 import psutil
 
-RESULTS = Path(__file__).parent / "results"
+FOLDER = Path(__file__).resolve().parent
+RESULTS = FOLDER / "results"
+if str(FOLDER) in sys.path:  # looked at last: trainer.py here is not the package of that name
+    sys.path.remove(str(FOLDER))
+    sys.path.append(str(FOLDER))
 
 
 @dataclass
@@ -73,3 +77,8 @@ def table(head: list[str], rows: list[list[Any]]) -> str:
 
     lines = [head, ["---"] + ["--:"] * (len(head) - 1), *[[cell(v) for v in row] for row in rows]]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def paragraph(text: str) -> str:
+    """One of Markdown, from a text that is broken into lines."""
+    return " ".join(text.split()) + "\n\n"

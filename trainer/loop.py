@@ -21,7 +21,7 @@ from trainer.advantages import Advantages, advantages, soft_overlong, varied_gro
 from trainer.config import TrainConfig
 from trainer.metrics import Metrics
 from trainer.objective import Batch, Clips, ClipTerm, policy_mask, reach
-from trainer.policy import Rows, all_logprobs
+from trainer.policy import MICRO_TOKENS, Rows, all_logprobs
 from trainer.replay import Clip
 from trainer.rollouts import Step
 from trainer.run import WINDOW, Run
@@ -164,7 +164,8 @@ def learn(
     parts = _mini_batches(step, len(replayed), config.optimizer.updates)
     in_reward = row.beta > 0 and row.kl == "reward"
     known = batch.mask.any(1) & (in_reward | (reach(batch, row, terms) > 0))
-    passed: Any = rows, known.nonzero()[:, 0], config.optimizer.micro_tokens
+    tokens = config.optimizer.micro_tokens or MICRO_TOKENS.get(run.policy.device.type, MICRO_TOKENS["cuda"])
+    passed: Any = rows, known.nonzero()[:, 0], tokens
     if len(parts) > 1 or in_reward:  # else the log-probs before the update are those of the update
         batch = replace(batch, old=all_logprobs(run.policy, *passed)[0])
     if row.beta and run.reference is not None:
@@ -176,7 +177,7 @@ def learn(
             batch = replace(batch, advantages=_padded(penalised.values, rows, len(replayed)))
     values: dict[str, Any] = {}
     rate = config.optimizer.rate_at(number, config.steps)
-    options: Any = {"longest": config.sampling.max_tokens, "tokens": config.optimizer.micro_tokens}
+    options: Any = {"longest": config.sampling.max_tokens, "tokens": tokens}
     if config.log.gradients and number % config.log.gradients == 0:
         values |= gradients(run.policy, rows, batch, row, terms, groups=len(step.groups.unique()), **options)
     norms, moved = [], True

@@ -12,6 +12,8 @@ from echolab.entropy.head import token_logprobs
 from echolab.entropy.scorer import Scorer, ScorerConfig
 from trainer.config import ModelConfig
 
+MICRO_TOKENS = {"cpu": 2048, "cuda": 16_384}
+
 
 def load(config: ModelConfig, temperature: float, path: str | None = None) -> Scorer:
     """The model with its tokenizer and head, ready to learn. Dropout stays off: it would make every ratio differ from 1."""

@@ -30,7 +30,7 @@ from echolab.segment import Segmenter
 from trainer.config import TrainConfig
 from trainer.rollouts import Rollout, Step
 
-COMMIT_FILES, COMMIT_SECONDS = 16, 20.0
+COMMIT_FILES, COMMIT_SECONDS = 16, 30.0
 MOST_WAITING = 64  # files; a store that cannot follow holds the run up, and no memory fills
 
 _COLUMNS = (
