@@ -301,7 +301,7 @@
       this.sort = select("sorted by");
       this.where = make("input", { type: "text", class: "where", spellcheck: "false", autocapitalize: "off", "aria-label": "condition in SQL",
         placeholder: "SQL condition, as n_success = 1 AND step > 100", onchange: () => this.refresh() });
-      this.words = make("input", { type: "search", placeholder: `search prompts and rollouts${this.source.sorts ? ", Enter" : ""} ( / )`, "aria-label": "search",
+      this.words = make("input", { type: "search", placeholder: `${this.source.sorts ? "search texts: Enter" : "search prompts and rollouts"} ( / )`, "aria-label": "search",
         oninput: () => { if (this.source.sorts && this.words.value) return; clearTimeout(this.waiting); this.waiting = setTimeout(() => this.refresh(), 200); },
         onkeydown: (event) => { if (event.key === "Enter") { clearTimeout(this.waiting); this.refresh().then(() => this.nextHit(1)); } } });
       this.modes = make("div", { class: "modes", role: "group", "aria-label": "colour of the tokens" }, ...MODES.map(([mode, key, word, title]) =>

@@ -27,6 +27,7 @@ from echolab.words import count
 log = logging.getLogger("echolab")
 MEMORY = "2GB"  # of one edition at most; what needs more goes to disk
 AT_ONCE = 4  # requests
+REST = 0.5  # seconds between two looks at a store that changes, at least
 STEPS, OF_A_STEP = 16, 48  # whose tokens say where colours end
 # What is asked again and again is held in memory: a group is some 200 bytes.
 KEEP = {
@@ -150,8 +151,10 @@ class Editions:
     def __init__(self, store: Store, wanted: Wanted):
         self.store, self.wanted = store, wanted
         self.trouble: str | None = None  # why the store can no longer be followed
+        self.undrawn: str | None = None  # why there are no charts
         self._lock = threading.Lock()
-        self._renewing = self._drawing = False
+        self._renewing = self._closing = False
+        self._drawing: threading.Thread | None = None
         self._rest_until = 0.0
         self._marks = _marks(store)
         self.newest = Edition.of(store.snapshot(), wanted)
@@ -177,7 +180,10 @@ class Editions:
     def look(self) -> None:
         """Has the store changed? Then make the next edition, at most half of the time."""
         with self._lock:
-            if self._renewing or time.monotonic() < self._rest_until or (marks := _marks(self.store)) == self._marks:
+            if self._renewing or time.monotonic() < self._rest_until:
+                return
+            marks = _marks(self.store)
+            if marks == self._marks and self.trouble is None:
                 return
             self._renewing = True
         threading.Thread(target=self._renew, args=(marks,), daemon=True).start()
@@ -193,9 +199,9 @@ class Editions:
                 self._take(Edition.of(snapshot, self.wanted, old.number + 1))
             self._marks, self.trouble = marks, None
         except Exception as e:  # whatever it is, the last edition goes on being shown
-            self.trouble = _said(e)
+            self.trouble = f"the store can no longer be read: {_said(e)}"
         finally:
-            self._rest_until = time.monotonic() + (time.monotonic() - started)
+            self._rest_until = time.monotonic() + max(REST, time.monotonic() - started)
             self._renewing = False
 
     def _take(self, edition: Edition) -> None:
@@ -209,24 +215,28 @@ class Editions:
     def draw(self) -> None:
         """The overview of the newest edition, in the background; one at a time."""
         with self._lock:
-            if self._drawing:
-                return
-            self._drawing = True
-        threading.Thread(target=self._draw, daemon=True).start()
+            if self._drawing is None and not self._closing:
+                self._drawing = threading.Thread(target=self._draw, daemon=True)
+                self._drawing.start()
 
     def _draw(self) -> None:
         while True:
             with self.use() as edition:
                 try:
-                    self.drawn, self.drawn_number = edition.draw(), edition.number
+                    self.drawn, self.drawn_number, self.undrawn = edition.draw(), edition.number, None
                 except Exception as e:
-                    self.trouble = f"the charts cannot be drawn: {_said(e)}"
+                    self.undrawn = None if self._closing else f"the charts cannot be drawn: {_said(e)}"
             with self._lock:
-                if self.newest is edition:
-                    self._drawing = False
+                if self.newest is edition or self._closing:
+                    self._drawing = None
                     return
 
     def close(self) -> None:
+        with self._lock:
+            self._closing, drawing = True, self._drawing
+        if drawing is not None:
+            self.newest.session.give_up = lambda: "the server ends"
+            drawing.join()
         self.newest.session.close()
 
 

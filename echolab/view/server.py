@@ -114,7 +114,9 @@ class Viewer:
         """What there is to see, and whether there is more than before."""
         await asyncio.to_thread(self.editions.look)
         said = {**self.editions.newest.index, "sorts": [[name, word] for name, (word, _) in SORTS.items()]}
-        return _json(as_json({**said, "trouble": self.editions.trouble, "overview": self.editions.drawn_number}))
+        return _json(
+            as_json({**said, "trouble": self.editions.trouble or self.editions.undrawn, "overview": self.editions.drawn_number})
+        )
 
     async def overview(self, request: Request) -> Response:
         return _json(self.editions.drawn or "null")
@@ -155,6 +157,18 @@ def _json(text: str, status: int = 200) -> Response:
     return Response(text, status, media_type="application/json")
 
 
+class _Server(uvicorn.Server):
+    """One that says when it answers: Ctrl-C before that would end in a warning of asyncio's."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]):
+        super().__init__(config)
+        self.ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready()
+
+
 def serve(viewer: Viewer, port: int, ready: Callable[[str], None]) -> None:
     """Until Ctrl-C. `ready` is told the address; port 0 is any that is free."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listening:
@@ -163,14 +177,12 @@ def serve(viewer: Viewer, port: int, ready: Callable[[str], None]) -> None:
             listening.bind((HOST, port))
         except (OSError, OverflowError) as e:
             raise EcholabError(f"port {port} cannot be used ({getattr(e, 'strerror', None) or e}): choose another") from None
-        listening.listen(128)
         port, token = listening.getsockname()[1], secrets.token_urlsafe(24)
         config = uvicorn.Config(
             Guard(viewer.app(token), token, port), http="h11", ws="none", lifespan="off", log_level="warning", access_log=False,
             server_header=False, timeout_graceful_shutdown=1,
         )  # fmt: skip
         try:
-            ready(f"http://{HOST}:{port}/{token}/")
-            uvicorn.Server(config).run(sockets=[listening])
+            _Server(config, lambda: ready(f"http://{HOST}:{port}/{token}/")).run(sockets=[listening])
         finally:
             viewer.close()

@@ -41,7 +41,7 @@
     const title = document.querySelector("#top h1");
     if (drawn === null) title.textContent = `${number(state.rollouts)} rollouts in ${number(state.groups)} groups${several}`;
     element("trouble").hidden = !state.trouble;
-    element("trouble").textContent = state.trouble ? `The store can no longer be read: ${state.trouble}. What is shown here is its last state.` : "";
+    element("trouble").textContent = state.trouble ? `${state.trouble[0].toUpperCase()}${state.trouble.slice(1)}. What is shown here is the last state that could be read.` : "";
   }
 
   // The list as it is now. What is open stays open.
