@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from generators import models
+from generators import cookbook, models
 
 from echolab.queries import list_queries
 from echolab.schema import render
@@ -77,6 +77,13 @@ def test_generated_pages_are_up_to_date(page, generated):
     assert (ROOT / "docs" / page).read_text() == generated(), (
         f"run `echolab store schema --format md` and write docs/{page} anew"
     )
+
+
+def test_the_cookbook_shows_what_every_query_answers():
+    assert cookbook.PAGE.read_text() == cookbook.write(), "run `PYTHONPATH=tests python tests/generators/cookbook.py`"
+    shown = cookbook.PAGE.read_text().split("\n## ")[1:]
+    assert [s.split("\n")[0] for s in shown] == [q.name for q in list_queries()]
+    assert [s.split("\n")[0] for s in shown if s.count("\n| ") < 3] == []  # a head, a rule and a row at least
 
 
 def test_every_link_between_pages_leads_somewhere():
