@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from echolab.errors import EcholabError
 
@@ -26,16 +27,18 @@ def save(folder: Path, step: int, model: Any, tokenizer: Any, state: dict[str, A
         unfinished.mkdir(parents=True)
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        torch.save(state, unfinished / STATE)
+        with (unfinished / STATE).open("wb") as f:  # to a name, torch would not say what is wrong with the disk
+            torch.save(state, f)
         (unfinished / FACTS).write_text(json.dumps({"step": step, **facts}, indent=1))
         for file in unfinished.iterdir():
             with file.open("rb") as f:
                 os.fsync(f.fileno())
         shutil.rmtree(place, ignore_errors=True)  # of a run that came here before and was resumed from further back
         unfinished.rename(place)
-    except (OSError, RuntimeError) as e:  # torch says a full disk with a RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as e:
         shutil.rmtree(unfinished, ignore_errors=True)
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        first = e.__context__ if isinstance(e.__context__, OSError) else e  # torch has another error on top of the system's
+        reason = getattr(first, "strerror", None) or str(first).splitlines()[0]
         raise EcholabError(f"cannot write checkpoint {place}: {reason}; the ones before it are whole") from None
     return place
 

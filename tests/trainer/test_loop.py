@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +214,39 @@ def _spoilt(metrics, policy):
     for p in policy.model.parameters():
         p.grad = torch.full_like(p, float("nan"))
     return metrics
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """As on a full disk: whatever writes more is told so by the system."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_from_the_last_checkpoint(config):
+    whole, c = config("whole"), config("c")
+    train(whole)
+    train(c.model_copy(update={"steps": 2}))
+    checkpoint_4 = f"cannot write checkpoint {c.out}/checkpoints/step_000004: .*File too large.*; the ones before it are whole"
+    for size, said in (
+        (2_000_000, checkpoint_4),  # no room for the optimizer's state
+        (1_000_000, checkpoint_4),  # nor for the weights
+        (5_000, "cannot write .*rollouts.* File too large"),
+    ):
+        with files_of_at_most(size), pytest.raises(EcholabError, match=said) as error:
+            train(c)
+        assert "\n" not in str(error.value)
+        assert [p.name for p in (Path(c.out) / "checkpoints").iterdir()] == ["step_000002"]
+    train(c)
+    assert same(whole, c) and logged(whole) == logged(c)
+    with echolab.open(c.store) as lab:
+        assert lab.validate() == []
+        steps = "SELECT step, count(*) AS n FROM rollouts GROUP BY step ORDER BY step"
+        assert lab.sql(steps).rows() == [(step, 16) for step in range(1, 5)]
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_the_run_goes_on_from(config, monkeypatch):
