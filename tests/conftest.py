@@ -1,9 +1,11 @@
-"""Stores for tests, made the way ingest makes them: staged files, one commit, the ledger row last."""
+"""Stores for tests, made the way ingest makes them: staged files, one commit, the ledger row last; and a browser."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -83,3 +85,55 @@ def make_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Store]
         return store
 
     return make
+
+
+CHROMIUM = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api: Any = pytest.importorskip(
+        "playwright.sync_api", reason="browser tests need playwright: pip install 'echolab[report-test]'"
+    )
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium on this machine: browser test skipped")
+    with sync_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(
+            executable_path=chromium, args=list(CHROMIUM), ignore_default_args=["--hide-scrollbars"]
+        )
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[..., Any]]:
+    """`visit(file or address)` opens a page, and afterwards asserts that it asked for nothing but itself, or its server, and
+    complained of nothing but what is `expected`."""
+    opened: list[Any] = []
+    said, asked, addresses, fine = [], [], [], []
+
+    def visit(page: Path | str, fragment: str = "", ready: str = "html[data-ready]", expected: tuple[str, ...] = (), **options):
+        address = page.as_uri() if isinstance(page, Path) else page
+        tab = browser.new_page(**{"viewport": {"width": 1300, "height": 900}, **options})
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("dialog", lambda dialog: said.append(f"dialog: {dialog.message}") or dialog.dismiss())
+        tab.on("request", lambda request: asked.append(request.url))
+        opened.append(tab)
+        addresses.append(address)
+        fine.extend(expected)
+        tab.goto(f"{address}{fragment}")
+        tab.wait_for_selector(ready, timeout=60_000)
+        return tab
+
+    yield visit
+    assert not [text for text in said if text not in fine]
+    for url in {url.split("#")[0] for url in asked} - {*addresses, "about:srcdoc"}:
+        assert any(address.startswith("http") and url.startswith(address) for address in addresses), url
+    for tab in opened:
+        assert tab.evaluate("window.hacked") is None
+        tab.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from html import escape
 from pathlib import Path
 
@@ -15,50 +14,7 @@ import echolab
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
-ARGUMENTS = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
 PHONE = {"width": 390, "height": 844}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip(
-        "playwright.sync_api", reason="browser tests need playwright: pip install 'echolab[report-test]'"
-    )
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("no chromium on this machine: browser test skipped")
-    with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=chromium, args=list(ARGUMENTS))
-        yield found
-        found.close()
-
-
-@pytest.fixture
-def visit(browser):
-    """Opens a page, and afterwards asserts that it asked for nothing but itself, and complained of nothing."""
-    opened, said, asked = [], [], []
-
-    def visit(path, fragment="", ready="html[data-ready]", **options):
-        page = browser.new_page(**{"viewport": {"width": 1300, "height": 900}, **options})
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("dialog", lambda dialog: said.append(f"dialog: {dialog.message}") or dialog.dismiss())
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(f"{path.as_uri()}{fragment}")
-        page.wait_for_selector(ready, timeout=60_000)
-        opened.append((page, path.as_uri()))
-        return page
-
-    yield visit
-    addresses = {address for _, address in opened}
-    assert not said
-    assert {url.split("#")[0] for url in asked} <= {*addresses, "about:srcdoc"}
-    for page, _ in opened:
-        assert page.evaluate("window.hacked") is None
-        page.close()
 
 
 @pytest.fixture(scope="module")
@@ -327,6 +283,15 @@ def test_a_phone_shows_rollouts_as_a_stack_and_nothing_runs_out_of_its_width(vis
         "[...document.querySelectorAll('.rollout')].map((r) => r.getBoundingClientRect()).map((b) => [b.left, b.top])"
     )
     assert len(boxes) >= 4 and len({left for left, _ in boxes}) == 1 and boxes == sorted(boxes, key=lambda box: box[1])
+
+
+@pytest.mark.parametrize("width", [390, 800, 1300, 1900])
+def test_a_page_scrolls_in_one_direction_only(visit, report, width):
+    """Where scrollbars take room, as they do here: a page as wide as its window, `100vw`, is too wide then."""
+    page = visit(report, viewport={"width": width, "height": 900})
+    page.evaluate("window.scrollTo(50, 0)")
+    assert page.evaluate("document.documentElement.clientWidth < innerWidth")  # there is a scrollbar for the height
+    assert page.evaluate("[scrollX, innerHeight - document.documentElement.clientHeight]") == [0, 0]
 
 
 def test_on_paper_there_are_charts_tables_and_the_open_group(visit, report):
