@@ -107,7 +107,8 @@ def _policy(plan: Plan, fast: bool, say: Say) -> None:
     unfinished = plan.folder / "policy.part"
     threads = min(2, os.cpu_count() or 1)
     command = [sys.executable, "-m", "trainer.pretrain", "--out", str(unfinished), "--threads", str(threads)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    waiting = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # threads that spin cost several times as much on busy cores
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=waiting) as process:
         assert process.stderr is not None
         lines = [_shown(line, say) for line in process.stderr]
     if process.returncode:
