@@ -23,3 +23,8 @@ def broken(completion: str, ground_truth: str) -> bool:
 
 def easy(completion: str, ground_truth: str) -> bool:
     return True
+
+
+def harsh(completion: str, ground_truth: str) -> float:
+    """Rewards below zero: what is wrong costs 1, and some of what is right is worth half."""
+    return -1.0 if len(completion) % 8 else 0.5

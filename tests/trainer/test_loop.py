@@ -185,6 +185,20 @@ def test_what_is_sampled_is_in_the_store_with_entropies_and_segments(config):
     assert not list((Path(c.out) / "rollouts").iterdir())
 
 
+def test_where_rewards_are_negative_a_failure_has_the_lowest_as_in_the_store(config):
+    """Also at the next start, and for completions that were cut off: they are never worth more than what they say."""
+    task = {**BASE["task"], "verifier": "python:trainer_functions:harsh", "require_end": True}
+    for steps in (1, 2):
+        c = config(steps=steps, task=task, sampling={**BASE["sampling"], "n": 2})
+        train(c)
+    with echolab.open(c.store) as lab:
+        kinds = lab.sql("SELECT step, kind, count(*) FROM groups GROUP BY ALL").rows()
+        assert lab.sql("SELECT DISTINCT reward FROM rollouts WHERE finish_reason = 'length' ORDER BY 1").rows() == [(-1,), (0,)]
+    assert {kind for _, kind, _ in kinds} >= {"all_fail", "mixed"}
+    for step, kind, n in kinds:
+        assert logged(c)[step - 1][f"groups/{kind}"] == pytest.approx(n / 4)
+
+
 @pytest.mark.parametrize("verifier", ["late", "broken"])
 def test_a_verifier_that_hangs_or_raises_gives_no_reward_and_the_run_goes_on(config, verifier):
     c = config(steps=1, task={**BASE["task"], "verifier": f"python:trainer_functions:{verifier}", "timeout": 0.5})
