@@ -16,8 +16,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from echolab import ids
@@ -30,8 +28,8 @@ from echolab.ingest import ingest
 from echolab.plan import IngestConfig
 from echolab.prompts import read
 from echolab.readers.base import dumps
+from echolab.readers.own import write
 from echolab.recorded import Scorer as Recorded
-from echolab.schema import FLOATS, ROLLOUTS
 from echolab.scoring import resegment
 from echolab.segment import Segmenter
 from echolab.store import Store
@@ -39,12 +37,6 @@ from echolab.store import Store
 PART_ROLLOUTS = 128  # about the rollouts of a part
 VERSION = 1  # of what is sampled: another one samples anew
 Progress = Callable[[int, int, float], None]  # prompts done, prompts in all, tokens a second
-
-_COLUMNS = (
-    "group_id", "group_source", "sample", "source", "prompt", "messages", "prompt_format", "completion", "prompt_ids",
-    "completion_ids", "logprobs", "finish_reason", "ground_truth", "policy_version", "sampling", "extra",
-)  # fmt: skip
-_SCHEMA = pa.schema([ROLLOUTS.arrow.field(c) for c in _COLUMNS] + [pa.field("entropies", FLOATS)])
 
 
 class GenerateConfig(Sampling):
@@ -234,7 +226,7 @@ class Generation:
                 "sample": i % self.config.n,
                 "prompt_ids": tokens,
                 "completion_ids": completion,
-                "completion": self._text(completion),
+                "completion": self.model.text(completion),
                 "logprobs": made.logprobs[i],
                 "entropies": made.entropies[i],
                 "finish_reason": made.finish_reason[i],
@@ -245,16 +237,11 @@ class Generation:
             for name, of_part in rows.items():
                 path = dump / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                pq.write_table(pa.Table.from_pylist(of_part, schema=_SCHEMA), path)
+                write(path, of_part)
             report = ingest(store, [dump], options)
         for f in report.files:
             if f.status != "ingested" or f.quarantined:
                 raise EcholabError(f"rollouts could not be stored: {'; '.join([f'{f.file} {f.status}', *f.notes])}")
-
-    def _text(self, completion: list[int]) -> str:
-        """Without the token that ended it."""
-        body = completion[:-1] if completion[-1] in self.model.eos else completion
-        return self.model.tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 @contextmanager

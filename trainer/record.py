@@ -15,16 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from torch import Tensor
 
 import echolab
 from echolab import ids
 from echolab.entropy.scorer import Scorer
 from echolab.errors import EcholabError
+from echolab.readers.own import write
 from echolab.recorded import Scorer as Sampler
-from echolab.schema import FLOATS, ROLLOUTS
 from echolab.scoring import resegment
 from echolab.segment import Segmenter
 from trainer.config import TrainConfig
@@ -32,13 +30,6 @@ from trainer.rollouts import Rollout, Step
 
 COMMIT_FILES, COMMIT_SECONDS = 16, 30.0
 MOST_WAITING = 64  # files; a store that cannot follow holds the run up, and no memory fills
-
-_COLUMNS = (
-    "rollout_id", "split", "step", "role", "model", "source", "group_id", "group_source", "sample", "prompt", "messages",
-    "prompt_format", "completion", "tokenizer", "prompt_ids", "completion_ids", "logprobs", "reward", "advantage",
-    "finish_reason", "ground_truth", "policy_version", "sampling", "extra",
-)  # fmt: skip
-_SCHEMA = pa.schema([ROLLOUTS.arrow.field(c) for c in _COLUMNS] + [pa.field("entropies", FLOATS)])
 
 
 @dataclass
@@ -107,7 +98,7 @@ class Recorder:
         path = self.folder / f"attempt_{self.attempt}_{name}.parquet"
         unfinished = path.with_suffix(".tmp")
         try:
-            pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), unfinished, compression="zstd")
+            write(unfinished, rows)
             unfinished.rename(path)
         except OSError as e:
             raise EcholabError(f"cannot write {path}: {e.strerror or e}") from None
@@ -115,15 +106,13 @@ class Recorder:
 
     def _row(self, r: Rollout, split: str, step: int, advantage: float | None) -> dict[str, Any]:
         facts, problem = self.facts, r.problem
-        group = ids.group_id(facts.run, split, step, ("trainer", r.group))
         return {
-            "rollout_id": ids.rollout_id(group, None, None, None, r.sample),  # made anew as it is read in
             "split": split,
             "step": step,
             "role": "policy",
             "model": facts.model,
             "source": problem.source,
-            "group_id": group,
+            "group_id": ids.group_id(facts.run, split, step, ("trainer", r.group)),
             "group_source": "explicit",
             "sample": r.sample,
             "prompt": problem.prompt,

@@ -44,7 +44,7 @@ def rollouts(
     """`n` judged completions of each problem, in order."""
     with torch.inference_mode():
         drawn = run.engine.sample([p.prompt_ids for p in problems], n, sampling, seed, keys)
-    texts = [_text(run, ids) for ids in drawn.completion_ids]
+    texts = [run.policy.text(ids) for ids in drawn.completion_ids]
     asked = [problems[i // n] for i in range(len(drawn))]
     ended = [reason == "stop" for reason in drawn.finish_reason]
     rewards = run.judge(list(zip(asked, texts, strict=True)))
@@ -64,9 +64,3 @@ def rollouts(
         )
         for i in range(len(drawn))
     ]
-
-
-def _text(run: Sampler, ids: Sequence[int]) -> str:
-    """Without the token that ended it."""
-    body = ids[:-1] if ids and ids[-1] in run.policy.eos else ids
-    return run.policy.tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -122,6 +122,11 @@ class Scorer:
             named.append(self.model.generation_config.eos_token_id)
         return tuple(sorted({i for n in named if n is not None for i in ([n] if isinstance(n, int) else n)}))
 
+    def text(self, completion: Sequence[int]) -> str:
+        """A sampled completion, without the token that ended it."""
+        body = completion[:-1] if completion and completion[-1] in self.eos else completion
+        return self.tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
     @cached_property
     def settings(self) -> dict[str, Any]:
         """All that the numbers depend on: what the registry keeps, and the id is made of."""

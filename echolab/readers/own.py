@@ -8,13 +8,17 @@ view adds to its table is not taken."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from echolab.readers.base import BOM, Bad, Head, Row, Scores, Source, hash_whole, look, parse_json, raw_json
 from echolab.readers.jsonstream import ALL
 from echolab.readers.plain import COLUMNS, CONVERT, as_word, elements, first_row, items_of, numbers
-from echolab.schema import ROLLOUTS
+from echolab.schema import FLOATS, ROLLOUTS
 
 NAME = "echolab"
 VERSION = 2  # entropies
@@ -67,6 +71,13 @@ def read(source: Source) -> Iterator[Row | Bad]:
             known = (source.found.get("completeness", "all"), value["completeness"])
             source.found["completeness"] = max(known, key=_WORST.index)
         yield made
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Rows as `read` takes them, all with the same columns."""
+    columns = (*ROLLOUTS.arrow, pa.field("entropies", FLOATS))
+    schema = pa.schema([c for c in columns if c.name in rows[0]])
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path, compression="zstd")
 
 
 def _items(source: Source) -> Iterator[tuple[int, bytes, dict[str, Any]] | Bad]:
