@@ -66,7 +66,11 @@ class Lab:
         tol: float = 1e-6,
     ) -> pl.DataFrame:
         """One SELECT over the views. A chosen verifier's word takes the place of the recorded rewards; `tol` and
-        `success_threshold` judge otherwise than the run says."""
+        `success_threshold` judge otherwise than the run says.
+
+        >>> lab.sql("SELECT kind, count(*) AS n FROM groups WHERE run = 'base' GROUP BY kind ORDER BY kind").rows()
+        [('all_fail', 12), ('all_success', 10), ('mixed', 3)]
+        """
         return self.session(Options(tol, success_threshold, verifier, scorer, segmenter)).sql(query)
 
     def query(
@@ -79,14 +83,22 @@ class Lab:
         segmenter: str | None = None,
         **params: Any,
     ) -> pl.DataFrame:
-        """A named query: `lab.query("degenerate_by_step", run="demo")`. `echolab query --list` shows them."""
+        """A named query; `echolab query --list` shows them.
+
+        >>> lab.query("degenerate_by_step", run="base").select("step", "n_groups", "share_degenerate").rows()[:2]
+        [(1, 4, 0.75), (2, 4, 0.5)]
+        """
         return self.session(Options(verifier=verifier, scorer=scorer, segmenter=segmenter)).query(name, **params)
 
     def ingest(
         self, paths: str | Path | Sequence[str | Path], *, run: str, progress: Progress | None = None, **options: Any
     ) -> IngestReport:
         """Dumps of any trainer into the store. Options are those of `echolab ingest`, e.g. `step=400, role="expert"`;
-        `rename` is its `--as`."""
+        `rename` is its `--as`.
+
+        >>> lab.ingest("new.jsonl", run="again").rows
+        52
+        """
         from echolab.ingest import ingest
 
         self._require_newest()
@@ -113,7 +125,12 @@ class Lab:
 
     def verify(self, verifier: str, **options: Any) -> VerifyReport:
         """Verdicts of `math`, `exact`, `numeric`, `choice` or `python:module:function` on rollouts that have none yet.
-        Arguments are those of `echolab.verify.verify`, e.g. `run="demo", timeout=5, options={"float_rounding": 4}`."""
+        Arguments are those of `echolab.verify.verify`, e.g. `run="base", timeout=5, options={"float_rounding": 4}`.
+
+        >>> report = lab.verify("exact", run="new")
+        >>> report.right, report.wrong
+        (32, 20)
+        """
         from echolab.verify import verify
 
         self._require_newest()
@@ -131,7 +148,11 @@ class Lab:
 
     def profile(self, name: str, where: str, **options: Any) -> Profile:
         """Segment entropy over position, of the rollouts for which `where` holds, kept as `name@1`, `name@2`, ... Arguments
-        are those of `echolab.profiles.profile`, e.g. `scorer="base", bins=32`."""
+        are those of `echolab.profiles.profile`, e.g. `scorer="base", bins=32`.
+
+        >>> lab.profile("solutions", "role = 'expert' AND success", scorer="scorer0").label
+        'solutions@1'
+        """
         from echolab.profiles import profile
 
         self._require_newest()
@@ -139,7 +160,11 @@ class Lab:
 
     def compare_profiles(self, a: str, b: str, **options: Any) -> Comparison:
         """How far apart two profiles are, and whether by chance. Options are those of
-        `echolab.profile_compare.compare`: `bins`, `permutations`, `seed`."""
+        `echolab.profile_compare.compare`: `bins`, `permutations`, `seed`.
+
+        >>> sorted(lab.compare_profiles("golden", "own").distances)
+        ['max_abs', 'mse', 'one_minus_pearson']
+        """
         from echolab.profile_compare import compare
 
         return compare(self.snapshot, a, b, **options)
@@ -153,8 +178,12 @@ class Lab:
         progress: Callable[[int, int], None] | None = None,
         **rules: Any,
     ) -> CurateReport:
-        """A clip set from a clip set: `lab.curate("hard", "curated", dedup=True, against=["aime24.jsonl"])`. Rules are those
-        of `echolab.clips.rules.Rules`; the file `listing` gets a line of JSON for each dropped clip."""
+        """A clip set from a clip set. Rules are those of `echolab.clips.rules.Rules`, e.g. `against=["aime24.jsonl"]`; the
+        file `listing` gets a line of JSON for each dropped clip.
+
+        >>> lab.curate("hard", "ready", dedup=True).clipset
+        'ready@1'
+        """
         from echolab.clips.curate import curate
         from echolab.clips.rules import Rules
 
@@ -163,15 +192,23 @@ class Lab:
 
     def mine(self, name: str, **options: Any) -> Mined:
         """Clips of the scored successes, kept as `name@1`, `name@2`, ... Arguments are those of `echolab.clips.mine.mine` and
-        of its `Selector`, e.g. `selector="peak", run="demo", where="step >= 100", top_k=2`."""
+        of its `Selector`, e.g. `verifier="math", top_k=2`.
+
+        >>> lab.mine("late", selector="peak", run="base", where="step > 3", scorer="scorer0").facts["outcomes"]
+        {'clip': 6, 'no_success': 7}
+        """
         from echolab.clips.mine import mine
 
         self._require_newest()
         return mine(self.store, name, **options)
 
     def export(self, out: str | Path, to: str, *, progress: Progress | None = None, **options: Any) -> ExportReport:
-        """A dataset in the new folder `out`: `lab.export("clips", "trl-sft", clipset="hard")`. Options are those of
-        `echolab.export.config.ExportConfig`, e.g. `what="rollouts", where="success", best=1`."""
+        """A dataset in the new folder `out`. Options are those of `echolab.export.config.ExportConfig`, e.g.
+        `what="rollouts", where="success", best=1`.
+
+        >>> lab.export("dataset", "jsonl", clipset="hard").splits
+        {'train': 43}
+        """
         from echolab.export.config import ExportConfig
         from echolab.export.run import export
 
@@ -180,7 +217,11 @@ class Lab:
 
     def report(self, out: str | Path, **options: Any) -> Report:
         """The whole store as one HTML file. Options are those of `echolab.report.build.report`, e.g.
-        `runs=["demo"], verifier="math", clipset="hard", static="figures"`."""
+        `verifier="math", clipset="hard", static="figures"`.
+
+        >>> lab.report("report.html", runs=["base"]).n_groups
+        25
+        """
         from echolab.report.build import report
 
         return report(self.snapshot, out, **options)
@@ -194,7 +235,10 @@ class Lab:
         scorer: str | None = None,
         segmenter: str | None = None,
     ) -> TopLevelMixin:
-        """One chart of the report, as Altair draws it: `lab.chart("degenerate_by_step")`. A wrong name lists them."""
+        """One chart of the report, as Altair draws it. A wrong name lists them.
+
+        >>> lab.chart("degenerate_by_step", run="base").save("chart.html")
+        """
         from echolab.chartdata import Answers
         from echolab.charts import chart
 

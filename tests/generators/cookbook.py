@@ -56,7 +56,7 @@ def fill(lab: Lab, folder: Path) -> None:
             _ingest(lab, folder, name, asked, split="eval")
     told.score(lab.store)
     told.score(lab.store, "run = 'base'", "scorer1")
-    lab.verify("exact", workers=1)
+    lab.verify("numeric", workers=1)
     lab.profile("golden", "role = 'expert' AND success", scorer=told.SCORER, bootstrap=20)
     lab.profile("own", "run = 'base' AND success", scorer=told.SCORER, bootstrap=20)
     lab.mine("hard", scorer=told.SCORER)
@@ -64,9 +64,12 @@ def fill(lab: Lab, folder: Path) -> None:
 
 
 def _plain(row: dict[str, Any], number: int) -> dict[str, Any]:
-    """As a line of a plain dump; some were cut off."""
+    """As a line of a plain dump; some were cut off, and some rewards are wrong."""
     names = ("step", "group", "completion", "reward", "ground_truth", "advantage")
     kept = {k: row[k] for k in names if row.get(k) is not None}
+    body, answer = row["completion"].split("The answer is ")
+    said = int(answer.rstrip(".")) + (0 if row["reward"] or number % 11 == 0 else 1)
+    kept["completion"] = f"{body}The answer is \\boxed{{{said}}}."
     return {**kept, "prompt": row["problem"], "finish_reason": "stop" if number % 7 else "length"}
 
 
