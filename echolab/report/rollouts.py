@@ -18,6 +18,8 @@ FACTS = "group_id, run, split, step, role, kind, problem_id, n, n_rewarded, n_su
 PROMPT_CHARS = 20_000
 TOKEN_BYTES = 5  # of a packed token: one for its length, two for each number
 AT_ONCE = 8  # groups in one query
+CUTS = """SELECT rollout_id, segment_ends, segment_entropies, peak_segment FROM segmentations
+    WHERE scorer = chosen_scorer() AND segmenter = chosen_segmenter()"""
 
 
 def facts(session: Session, group_id: str) -> dict[str, Any]:
@@ -87,9 +89,11 @@ def read_groups(
     rollouts: int | None = None,
     experts: Mapping[str, Mapping[str, Any]] | None = None,
     pieces: Mapping[int, bytes] | None = None,
+    cuts: str = f"({CUTS})",
 ) -> Iterator[Group]:
     """Groups by their facts, some at a time, with at most so many `rollouts` of each (else all). `experts` are those that
-    the function of this name found. Who reads many groups gives the `pieces` of all tokens."""
+    the function of this name found. Who reads many groups gives the `pieces` of all tokens, and where the session
+    keeps the answer to CUTS."""
     for start in range(0, len(groups), AT_ONCE):
         some = groups[start : start + AT_ONCE]
         beside = {g["group_id"]: (experts or {}).get(g["problem_id"] or "") for g in some}
@@ -102,8 +106,8 @@ def read_groups(
         for row in _rows(session, f"{here} AND ({' OR '.join(map(_rows_of, some))})", clipset, here):
             of_groups[row["group_id"]].append(row)
         of_groups = {id: pick(rows, rollouts) for id, rows in of_groups.items()}
-        _add_numbers(session, [*of_experts.values()], there)
-        _add_numbers(session, [row for rows in of_groups.values() for row in rows], here)
+        _add_numbers(session, [*of_experts.values()], cuts, there)
+        _add_numbers(session, [row for rows in of_groups.values() for row in rows], cuts, here)
         chosen = [*of_experts.values(), *(row for rows in of_groups.values() for row in rows)]
         spelled = pieces or spelling(session, sorted({id for row in chosen for id in _ids(row)}))
         for group in some:
@@ -138,7 +142,7 @@ def _rows_of(group: Mapping[str, Any]) -> str:
     return f"(group_id = {text(group['group_id'])} AND role = {text(group['role'])})"
 
 
-def _rows(session: Session, where: str, clipset: str | None, near: str = "true") -> list[dict[str, Any]]:
+def _rows(session: Session, where: str, clipset: str | None, near: str) -> list[dict[str, Any]]:
     found = session.sql(
         f"""SELECT rollout_id, group_id, role, run, step, model, sample, part, success, reward, finish_reason, ground_truth,
             coalesce(prompt, messages) AS prompt, excerpt(coalesce(prompt, messages), 160) AS asked, completion, n_chars,
@@ -153,7 +157,7 @@ def _rows(session: Session, where: str, clipset: str | None, near: str = "true")
     return found.to_dicts()
 
 
-def _add_numbers(session: Session, rows: Sequence[dict[str, Any]], near: str = "true") -> None:
+def _add_numbers(session: Session, rows: Sequence[dict[str, Any]], cuts: str, near: str) -> None:
     """Scores, segments and verdict, under the session's choices."""
     if not rows:
         return
@@ -163,9 +167,7 @@ def _add_numbers(session: Session, rows: Sequence[dict[str, Any]], near: str = "
             g.segment_ends, g.segment_entropies, g.peak_segment, v.status, v.extracted
         FROM (SELECT unnest([{_list(row["rollout_id"] for row in rows)}]) AS rollout_id) r
         LEFT JOIN (SELECT * FROM scores WHERE scorer = chosen_scorer() AND {near} AND {those}) s ON s.rollout_id = r.rollout_id
-        LEFT JOIN (
-            SELECT * FROM segmentations WHERE scorer = chosen_scorer() AND segmenter = chosen_segmenter() AND {those}
-        ) g ON g.rollout_id = r.rollout_id
+        LEFT JOIN (SELECT * FROM {cuts} WHERE {those}) g ON g.rollout_id = r.rollout_id
         LEFT JOIN (SELECT * FROM verdicts WHERE verifier = chosen_verifier() AND {those}) v ON v.rollout_id = r.rollout_id"""
     )
     places = {id: i for i, id in enumerate(found["rollout_id"])}

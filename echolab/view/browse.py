@@ -129,4 +129,4 @@ def group(edition: Edition, session: Session, id: str, rollout: str | None = Non
 def _read(edition: Edition, session: Session, known: dict[str, Any], rollouts: int | None) -> Group:
     beside = edition.experts if known["role"] == "policy" else {}
     clipset, pieces = edition.choice.clipset, edition.pieces
-    return next(read_groups(session, [known], clipset, rollouts=rollouts, experts=beside, pieces=pieces))
+    return next(read_groups(session, [known], clipset, rollouts=rollouts, experts=beside, pieces=pieces, cuts="cuts"))

@@ -17,7 +17,7 @@ from echolab.chartdata import Answers
 from echolab.errors import EcholabError
 from echolab.report.build import Overview, clips, colours
 from echolab.report.choice import Choice, choose
-from echolab.report.rollouts import around, experts, spelling
+from echolab.report.rollouts import CUTS, around, experts, spelling
 from echolab.report.sample import KINDS, Sample, as_json
 from echolab.schema import TABLES
 from echolab.sql import Session
@@ -29,11 +29,12 @@ MEMORY = "2GB"  # of one edition at most; what needs more goes to disk
 AT_ONCE = 4  # requests
 REST = 0.5  # seconds between two looks at a store that changes, at least
 STEPS, OF_A_STEP = 16, 48  # whose tokens say where colours end
-# What is asked again and again is held in memory: a group is some 200 bytes.
+# What is asked again and again is held in memory: some 300 bytes a group, 100 a rollout and 8 a segment.
 KEEP = {
     "groups": "SELECT * FROM groups ORDER BY step DESC NULLS LAST, group_id",
     "asked": "SELECT prompt_id, excerpt(any_value(coalesce(prompt, messages)), 160) AS asked FROM rollouts"
     " WHERE prompt_id IS NOT NULL GROUP BY prompt_id",
+    "cuts": CUTS,  # nothing sorts their files as rollouts are sorted: some of them are all over
 }
 
 
@@ -130,10 +131,7 @@ def _scale(session: Session) -> dict[str, float]:
     if not some:
         return drawn.scale()
     found = session.sql(
-        f"""SELECT entropies, logprobs, loss_mask, segment_entropies FROM ({some}) LEFT JOIN (
-            SELECT rollout_id, segment_entropies FROM segmentations
-            WHERE scorer = chosen_scorer() AND segmenter = chosen_segmenter()
-        ) USING (rollout_id)"""
+        f"SELECT entropies, logprobs, loss_mask, segment_entropies FROM ({some}) LEFT JOIN cuts USING (rollout_id)"
     )
     for entropies, logprobs, mask, segments in found.iter_rows():
         counted = np.array([m is not False for m in mask or [True] * len(entropies)], bool)
