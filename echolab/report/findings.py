@@ -45,7 +45,7 @@ def experiment(answers: Answers) -> str | None:
         return None
     together = rows.filter(pl.col("source").is_null())
     rows = together if together.height else rows
-    base, seeds = rows["base"][0], int(rows["n_seeds"].min())
+    base, seeds = rows["base"][0], int(rows.select(pl.min("n_seeds")).item())
     arms = [row for row in rows.to_dicts() if row["arm"] != base]
     if seeds < 2:
         told = [f"{row['arm']} {100 * row['gain']:+.1f}" for row in arms]
