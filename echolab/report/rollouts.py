@@ -100,11 +100,13 @@ def read_groups(
         found = [expert for expert in beside.values() if expert]
         there = around(found)
         those = _those(expert["rollout_id"] for expert in found)
-        of_experts = {r["rollout_id"]: r for r in (_rows(session, f"{there} AND {those}", clipset, there) if found else ())}
+        of_experts = {r["rollout_id"]: r for r in (_rows(session, f"{there} AND {those}", clipset) if found else ())}
         here = around(some)
         of_groups: dict[str, list[dict[str, Any]]] = {g["group_id"]: [] for g in some}
-        for row in _rows(session, f"{here} AND ({' OR '.join(map(_rows_of, some))})", clipset, here):
+        for row in _rows(session, f"{here} AND ({' OR '.join(map(_rows_of, some))})", clipset):
             of_groups[row["group_id"]].append(row)
+        if rollouts is not None and any(len(rows) > rollouts for rows in of_groups.values()):
+            _add_scored(session, [row for rows in of_groups.values() for row in rows], here)
         of_groups = {id: pick(rows, rollouts) for id, rows in of_groups.items()}
         _add_numbers(session, [*of_experts.values()], cuts, there)
         _add_numbers(session, [row for rows in of_groups.values() for row in rows], cuts, here)
@@ -142,19 +144,28 @@ def _rows_of(group: Mapping[str, Any]) -> str:
     return f"(group_id = {text(group['group_id'])} AND role = {text(group['role'])})"
 
 
-def _rows(session: Session, where: str, clipset: str | None, near: str) -> list[dict[str, Any]]:
+def _rows(session: Session, where: str, clipset: str | None) -> list[dict[str, Any]]:
+    """What is known of rollouts but their tokens. `base.rollouts` is the view without the kind of the group, which is known."""
     found = session.sql(
         f"""SELECT rollout_id, group_id, role, run, step, model, sample, part, success, reward, finish_reason, ground_truth,
             coalesce(prompt, messages) AS prompt, excerpt(coalesce(prompt, messages), 160) AS asked, completion, n_chars,
-            n_completion_tokens, clip_end,
-            rollout_id IN (SELECT rollout_id FROM scores WHERE scorer = chosen_scorer() AND {near}) AS scored
-        FROM rollouts LEFT JOIN (
+            n_completion_tokens, clip_end
+        FROM base.rollouts LEFT JOIN (
             SELECT rollout_id, max(end_token) AS clip_end FROM clips
             WHERE clipset = {text(clipset or "")} AND scorer = chosen_scorer() GROUP BY rollout_id
         ) USING (rollout_id)
         WHERE {where} ORDER BY sample NULLS LAST, part NULLS FIRST, rollout_id"""
     )
     return found.to_dicts()
+
+
+def _add_scored(session: Session, rows: Sequence[dict[str, Any]], near: str) -> None:
+    """Which of them have scores, for those who pick some."""
+    those = _those(row["rollout_id"] for row in rows)
+    found = session.sql(f"SELECT rollout_id FROM scores WHERE scorer = chosen_scorer() AND {near} AND {those}")
+    scored = set(found["rollout_id"])
+    for row in rows:
+        row["scored"] = row["rollout_id"] in scored
 
 
 def _add_numbers(session: Session, rows: Sequence[dict[str, Any]], cuts: str, near: str) -> None:
@@ -173,6 +184,7 @@ def _add_numbers(session: Session, rows: Sequence[dict[str, Any]], cuts: str, ne
     places = {id: i for i, id in enumerate(found["rollout_id"])}
     for row in rows:  # lists stay as series: as Python's they would take eight times the memory
         row.update({name: found[name][places[row["rollout_id"]]] for name in found.columns[1:]})
+        row["scored"] = row["token_ids"] is not None
 
 
 def _those(ids: Iterable[str]) -> str:
