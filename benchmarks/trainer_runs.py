@@ -132,11 +132,12 @@ def cpu_seconds() -> float:
 
 @dataclass
 class Cost:
-    """Of one kind of run, the median over its steps; seconds of processors, but for `wall`."""
+    """Of one kind of run, the median over its steps. Seconds are those of processors, on CUDA those of a clock."""
 
-    cpu: float
+    seconds: float
     wall: float
-    choose: float  # in which clips were chosen
+    gigabytes: float  # on CUDA: that of one run
+    choose: float  # seconds in which clips were chosen
     learn: float
     tokens: float  # that went through the model as it learnt
     values: dict[str, Any]  # the newest metrics
@@ -147,20 +148,37 @@ def echo(case: Case, folder: Path, steps: int, coefficient: float = 0.01) -> dic
     kinds = {"grpo": 0.0, "grpo + echo": coefficient, "grpo that skips no row": 0.0}
     found: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
     last: dict[str, dict[str, Any]] = {}
+    seconds = _synchronized if case.device == "cuda" else cpu_seconds
     with ExitStack() as held:
         runs = {kind: held.enter_context(_run(case, folder, i, c)) for i, (kind, c) in enumerate(kinds.items())}
         for number in range(1, steps + 2):
             for kind, run in runs.items():
-                with _watched(skips=kind != "grpo that skips no row") as seen:
-                    clocks = cpu_seconds(), time.perf_counter()
+                memory = _Memory(len(runs)) if case.device == "cuda" else None
+                with _watched(seconds, skips=kind != "grpo that skips no row") as seen:
+                    clocks = seconds(), time.perf_counter()
                     last[kind] = loop.one_step(run, number)
-                    if case.device == "cuda":
-                        torch.cuda.synchronize()
-                    used = [cpu_seconds() - clocks[0], time.perf_counter() - clocks[1]]
+                    used = [seconds() - clocks[0], time.perf_counter() - clocks[1], memory.peak if memory else 0.0]
                 run.recorder.flush()  # not in the next one's time
                 if number > 1:  # the first one warms up
                     found[kind].append([*used, *seen.values()])
     return {kind: Cost(*map(statistics.median, zip(*found[kind], strict=True)), values=last[kind]) for kind in kinds}
+
+
+def _synchronized() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class _Memory:
+    """GB of one of several runs that lie on the device together, and that hold as much each."""
+
+    def __init__(self, runs: int):
+        torch.cuda.reset_peak_memory_stats()
+        self.others = torch.cuda.memory_allocated() * (runs - 1) / runs
+
+    @property
+    def peak(self) -> float:
+        return (torch.cuda.max_memory_allocated() - self.others) / 2**30
 
 
 @contextmanager
@@ -173,16 +191,16 @@ def _run(case: Case, folder: Path, number: int, coefficient: float) -> Iterator[
 
 
 @contextmanager
-def _watched(skips: bool) -> Iterator[dict[str, float]]:
-    """Processor seconds of choosing and of learning, and tokens that went through the model; without `skips` all rows of the
-    step do, to their ends."""
+def _watched(seconds: Callable[[], float], skips: bool) -> Iterator[dict[str, float]]:
+    """Seconds of choosing and of learning, and tokens that went through the model; without `skips` all rows of the step do,
+    to their ends."""
     seen = {"choose": 0.0, "learn": 0.0, "tokens": 0.0}
 
     def timed(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def within(*given: Any) -> Any:
-            began = cpu_seconds()
+            began = seconds()
             made = work(*given)
-            seen[name] += cpu_seconds() - began
+            seen[name] += seconds() - began
             return made
 
         return within
@@ -200,14 +218,14 @@ def _watched(skips: bool) -> Iterator[dict[str, float]]:
         yield seen
 
 
-def echo_table(found: Mapping[str, Cost]) -> str:
-    """The figures of `echo`, and what they say."""
+def echo_table(found: Mapping[str, Cost], seconds: str) -> str:
+    """The figures of `echo`, and what they say; `seconds` says whose they are."""
     grpo, echoed, whole = found.values()
     clips = (echoed.tokens - grpo.tokens) / grpo.tokens
-    allowed, cost = grpo.learn * clips + 0.03 * grpo.cpu, echoed.cpu - grpo.cpu
-    rows = [[kind, c.cpu, c.wall, f"{c.choose:.3f}", c.learn, round(c.tokens)] for kind, c in found.items()]
+    allowed, cost = grpo.learn * clips + 0.03 * grpo.seconds, echoed.seconds - grpo.seconds
+    rows = [[kind, c.seconds, c.wall, f"{c.choose:.3f}", c.learn, round(c.tokens)] for kind, c in found.items()]
     said = paragraph(f"""
-        Clips add {clips:.1%} to the tokens of training. Echo costs {cost:.3f} CPU s a step ({cost / grpo.cpu:.1%}); allowed
-        were {allowed:.3f}: the clips' share of learning, and 3 % of the step. GRPO that skips no row costs
-        {whole.cpu - grpo.cpu:.3f} more than GRPO.""")
-    return table(["", "CPU s", "wall s", "choosing, CPU s", "learning, CPU s", "tokens"], rows) + "\n" + said
+        Clips add {clips:.1%} to the tokens of training. Echo costs {cost:.3f} {seconds} a step ({cost / grpo.seconds:.1%});
+        allowed were {allowed:.3f}: the clips' share of learning, and 3 % of the step. GRPO that skips no row costs
+        {whole.seconds - grpo.seconds:.3f} more than GRPO.""")
+    return table(["", seconds, "wall s", f"choosing, {seconds}", f"learning, {seconds}", "tokens"], rows) + "\n" + said

@@ -57,7 +57,8 @@ class ReplayConfig(Config):
     """Steps after which a clip of this run is no longer used."""
 
     priority: Literal["uniform", "entropy", "recency"] = "uniform"
-    """What makes a clip likelier to be drawn, beside its weight: the entropy of its peak, or how new it is."""
+    """What makes a clip likelier to be drawn, beside its weight: the entropy of its peak, which an exported folder does not
+    hold, or how new it is."""
 
     half_life: float = Field(50.0, gt=0)
     """With priority `recency`: steps after which a clip counts half."""
