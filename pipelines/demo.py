@@ -26,19 +26,20 @@ from echolab.lab import Lab
 from echolab.words import THIN, count, percent, short
 from pipelines.experiment import ARMS, VERIFIER, Plan, held_out, write_lines
 from pipelines.render import table
-from trainer import maze
+from trainer import checkpoint, maze
 
 MARKER = "demo.json"  # says that a folder is a demo's, of which kind, and when it was finished
 BUDGET = 270.0  # seconds after which no further seed begins, unless --seeds says so
 MOST_WORKERS = 5
+AGREEMENT = ["step", "n", "n_compared", "n_agree", "agreement", "only_verifier", "only_recorded"]
 TOLD_EVERY = 10.0  # seconds between two lines of progress where there is no terminal
 Say = Callable[[str], Any]
 
 
 def plan_of(folder: Path, fast: bool) -> Plan:
     if fast:
-        small: dict[str, Any] = {"pool": 32, "pool_steps": 150, "fresh": 256, "steps": 20, "evaluations": 2, "questions": 24}
-        return Plan(folder=folder, until_degenerate=0.9, **small)
+        small: dict[str, Any] = {"pool": 16, "pool_steps": 150, "fresh": 256, "steps": 20, "evaluations": 2, "questions": 24}
+        return Plan(folder=folder, **small)
     return Plan(folder=folder)
 
 
@@ -327,22 +328,25 @@ def _held_out(lab: Lab) -> str:
 
 
 def _tell_uncertainty(lab: Lab, plan: Plan, say: Say) -> None:
-    say("\nAre the rewards right? Every answer is judged again:")
-    judged = lab.verify(VERIFIER, run="pool-0", workers=1)
-    agreement = lab.query("verifier_agreement", verifier=VERIFIER)
-    say(f"$ echolab verify --verifier {VERIFIER} --run pool-0: {count(judged.right + judged.wrong, 'verdict')}")
-    say(table(agreement.head(4), 0))
+    say("\nAre the rewards right? The last steps' answers are judged again, from outside:")
     last = lab.sql("SELECT max(step) AS s FROM rollouts WHERE run = 'pool-0'")["s"][0]
     policy = f"run = 'pool-0' AND split = 'train' AND step > {last - 12}"
+    lab.verify(VERIFIER, where=policy, workers=1)
+    agreement = lab.query("verifier_agreement", run="pool-0", verifier=VERIFIER).select(AGREEMENT)
+    say(f'\n$ echolab verify --verifier {VERIFIER} --where "{policy}" --store {_short(lab.store.root)}')
+    say(f"$ echolab query verifier_agreement --verifier {VERIFIER} --param run=pool-0 --store {_short(lab.store.root)}\n")
+    say(table(_spread(agreement, 4), 0))
     say("\nWhere is the policy uncertain, on an expert's answers and on its own? Scored under the saturated policy:")
-    checkpoint = sorted((plan.folder / "runs" / "pool-0" / "checkpoints").glob("step_*"))[-1]
-    report, scorer = lab.score(checkpoint, where=f"run = 'solver' OR ({policy})", threads=1, device="cpu")
+    saturated = checkpoint.all_of(plan.folder / "runs" / "pool-0" / "checkpoints")[-1]
+    report, scorer = lab.score(saturated, where=f"run = 'solver' OR ({policy})", threads=1, device="cpu")
     lab.profile("solver", "role = 'expert' AND success", scorer=scorer)
     lab.profile("policy", f"({policy}) AND success", scorer=scorer)
     compared = lab.compare_profiles("solver", "policy")
+    say(f'\n$ echolab score --model {_short(saturated)} --where "..." --store {_short(lab.store.root)}')
+    say(f"$ echolab profile --compare solver policy --store {_short(lab.store.root)}\n")
     say(
-        f"$ echolab score, profile: {count(report.rows, 'rollout')} scored; mean segment entropy"
-        f" {compared.a.mean:.2f} nats on the solver's answers, {compared.b.mean:.2f} on its own"
+        f"{count(report.rows, 'rollout')} scored. Mean segment entropy: {compared.a.mean:.2f} nats on the solver's answers,"
+        f" {compared.b.mean:.2f} on its own."
     )
 
 

@@ -36,9 +36,9 @@ class Plan(Config):
     """How large the experiment is."""
 
     folder: Path
-    pool: int = 64  # prompts that the policy saturates on
+    pool: int = 48  # prompts that the policy saturates on
     pool_steps: int = 500  # at most
-    until_degenerate: float = 0.92
+    until_degenerate: float = 0.9  # of its groups, over 12 steps
     fresh: int = 1024  # new prompts that the policy is asked to choose from
     steps: int = 60  # of each arm
     evaluations: int = 5  # of each arm, beside the one before it
@@ -89,8 +89,8 @@ def _without(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[d
 def saturate(plan: Plan, seed: int) -> Path:
     """GRPO on the pool until it has little left to teach; the policy that comes out."""
     write_lines(plan.prompts(f"pool-{seed}"), pool(plan, seed))
-    every = max(10, plan.pool_steps // 10)
     task = {"prompts": str(plan.prompts(f"pool-{seed}"))}
+    every = plan.pool_steps // 5
     facts = train(
         _config(
             plan, f"pool-{seed}", seed, plan.folder / "policy", task, every, steps=plan.pool_steps,
@@ -188,7 +188,7 @@ def _config(plan: Plan, run: str, seed: int, policy: Path, task: dict[str, Any],
         "model": {"path": str(policy), "threads": 1, "device": "cpu"},
         "task": {"verifier": VERIFIER, **task},
         "sampling": {"prompts": 16, "n": 8, "max_tokens": maze.MAX_TOKENS},
-        "evaluation": {"prompts": str(plan.prompts("held_out")), "every": every, "n": 8} if every else {},
+        "evaluation": {"prompts": str(plan.prompts("held_out")), "every": every, "n": 4, "greedy": False} if every else {},
         "log": {"gradients": 10},
         **more,
     }
