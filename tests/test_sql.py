@@ -7,6 +7,8 @@ import os
 import signal
 import tempfile
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -213,6 +215,37 @@ def test_a_column_that_a_file_lacks_is_null_and_files_may_differ(tmp_path):
     source = relation(con, spec, sorted(tmp_path.glob("*.parquet")))
     rows = con.sql(f"SELECT token_id, text, special FROM ({source}) ORDER BY token_id").fetchall()
     assert rows == [(1, None, None), (2, "x", None)]
+
+
+def test_kept_answers_take_the_place_of_views_and_other_threads_see_them(make_store):
+    store = make_store([*group("a", [0, 0], step=1), *group("b", [1, 0], step=2)])
+    keep = {"groups": "SELECT * FROM groups WHERE step = 2", "steps": "SELECT DISTINCT step FROM rollouts"}
+    with Session(store.snapshot(), keep=keep, beside=2) as s:
+        for one in (s, *s.beside):
+            assert one.sql("SELECT count(*) AS n FROM groups").item() == 1
+            assert one.sql("SELECT sum(visits) AS n FROM problems").item() == 1  # a view on a kept one
+            assert sorted(one.sql("FROM steps")["step"]) == [1, 2]
+            assert one.sql("SELECT current_setting('TimeZone') AS zone").item() == "UTC"
+            for write in ("SELECT * FROM read_text('/etc/passwd')", "WITH x AS (DELETE FROM kept.groups RETURNING *) FROM x"):
+                with pytest.raises(EcholabError):
+                    one.sql(write)
+        with ThreadPoolExecutor(3) as pool:
+            sums = "SELECT sum(range) AS n FROM range({})"
+            found = [
+                pool.submit(lambda one=one, i=i: one.sql(sums.format(i)).item()) for i, one in enumerate((s, *s.beside), 9)
+            ]
+            assert [f.result() for f in found] == [36, 45, 55]
+
+
+def test_a_query_is_given_up_when_it_is_told_to_and_the_next_one_works(make_store):
+    with Session(make_store().snapshot()) as s:
+        until = time.monotonic() + 0.3
+        s.give_up = lambda: None if time.monotonic() < until else "too long"
+        with pytest.raises(EcholabError, match="too long"):
+            s.sql("SELECT count(*) AS n FROM range(10000000000) a, range(1000) b WHERE a.range * b.range = 7")
+        assert time.monotonic() < until + 5
+        s.give_up = None
+        assert s.sql("SELECT 1 AS one").item() == 1
 
 
 # Views
