@@ -27,7 +27,7 @@ for name in ("vl_convert", "starlette", "uvicorn"):
     pytest.importorskip(name, reason="the viewer needs more: pip install 'echolab[view]'")
 
 from echolab.view.browse import OUTCOMES, PAGE, SORTS, Query, find, group  # noqa: E402
-from echolab.view.editions import Edition, Wanted  # noqa: E402
+from echolab.view.editions import Edition, Editions, Wanted  # noqa: E402
 
 
 class Served:
@@ -202,7 +202,7 @@ CONDITIONS = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from(list(CONDITIONS)), st.sampled_from(["", "r", "gold", "hostile"]), st.sampled_from(["", *OUTCOMES]),
     st.sampled_from(["", "mixed", "all_fail", "all_success", "single"]), st.sampled_from(list(SORTS)), st.integers(1, 9),
@@ -357,6 +357,24 @@ def test_numbers_of_the_overview_are_those_of_the_named_queries(served, store):
 # A store that changes.
 
 
+def test_the_next_edition_takes_the_place_of_the_last_which_those_who_read_it_keep(make_store, add_reading):
+    store, rows = make_store(), told.steps(2)
+    editions = Editions(store, Wanted())
+    with editions.use() as first, first.asking(lambda: None) as session:
+        add_reading(store, rows)
+        began = time.monotonic()
+        while editions.newest is first and time.monotonic() - began < 60:
+            editions.look()
+            time.sleep(0.02)
+        assert find(first, session, Query())["found"] == 0
+        with editions.use() as second, second.asking(lambda: None) as other:
+            assert second.number == 2 and find(second, other, Query())["found"] == 8
+    with pytest.raises(Exception, match="closed"):
+        first.session.sql("SELECT 1")
+    editions.close()
+
+
+@pytest.mark.slow
 def test_it_follows_a_store_that_is_written_breaks_and_comes_back(serve, make_store, add_reading):
     store = make_store()
     served = serve(store.root, "--no-browser")
@@ -385,6 +403,7 @@ def test_it_follows_a_store_that_is_written_breaks_and_comes_back(serve, make_st
     assert served.stop() == (130, "", "echolab: interrupted\n")
 
 
+@pytest.mark.slow
 def test_a_lost_table_is_trouble_and_no_empty_store(serve, make_store):
     store = make_store(told.steps(2))
     served = serve(store.root)
@@ -413,6 +432,7 @@ def test_a_clear_error_where_something_is_wrong(make_store, monkeypatch, served)
         app(["view", "--store", root], standalone_mode=False)
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_the_address_and_what_there_is(make_store):
     code = "from pipelines.cli import main; main()"
     command = [sys.executable, "-c", code, "view", "--store", str(make_store(told.steps(1)).root), "--no-browser"]

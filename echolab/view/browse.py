@@ -16,7 +16,7 @@ from echolab.views import text
 PAGE = 50  # groups
 ROLLOUTS, BYTES = 16, 300_000  # of a group at first; of each of its rollouts
 FEW_STEPS = 100  # to which a search can be narrowed
-SEARCHES = 8  # that are remembered
+SEARCHES = 4  # that are remembered
 SORTS = {
     "newest": ("newest step first", "step DESC NULLS LAST"),
     "oldest": ("oldest step first", "step NULLS LAST"),
