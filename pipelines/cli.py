@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from echolab.errors import EcholabError, WrongUsage
 from pipelines.curate_command import curate
@@ -51,14 +52,46 @@ from pipelines.train_command import evaluate, train
 from pipelines.verify_command import verify
 from pipelines.view_command import view
 
+ORDER = (
+    "demo", "ingest", "query", "sql", "report", "view", "verify", "score", "profile", "mine", "curate", "export", "generate",
+    "train", "evaluate", "store",
+)  # fmt: skip
+
+
+class _InOrder(TyperGroup):
+    """Commands as a newcomer meets them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=ORDER.index)
+
+
 app = typer.Typer(
     name="echolab",
+    cls=_InOrder,
     help="Which rollouts of your RL run still teach something? Ask a store of them by SQL.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import echolab
+
+        print(echolab.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version, and stop.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None: ...
+
+
 app.add_typer(store_app, name="store")
 app.add_typer(score_app, name="score")
 app.command()(report)
@@ -138,7 +171,7 @@ def ingest(
     every: Annotated[float, typer.Option(help="Seconds between looks of --watch.", min=0.1)] = 10.0,
     json_: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Read dumps of any trainer into the store (made if it is not there). What is known already is not read again.
+    """Read dumps of any trainer into the store. It is made if it is not there. What is known already is not read again.
 
     echolab ingest runs/dumps --run my-run --store store
     """
@@ -331,8 +364,10 @@ def demo(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again from nothing.")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """A whole experiment on this machine's CPU: a policy is trained until its groups teach nothing, and the remedies are
-    measured. What was stopped goes on; a finished demo prints its page.
+    """A whole experiment on this machine's CPU, and its page.
+
+    A policy is trained until its groups teach nothing, and the remedies are measured. What was stopped goes on; a finished
+    demo prints its page.
 
     echolab demo --keep echolab-demo
     """

@@ -47,7 +47,7 @@ def export(
     segmenter: SegmenterOption = None,
     json_: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Write clips, rollouts or prompts as a dataset, with a provenance.json that --verify checks. Formats: hf, trl-sft,
+    """Write clips, rollouts or prompts as a dataset. Its provenance.json is what --verify checks. Formats: hf, trl-sft,
     trl-grpo, verl, openrlhf, axolotl, llamafactory, jsonl, parquet, replay.
 
     echolab export --clipset hard --to hf --out hard-clips --store store

@@ -34,8 +34,8 @@ def generate(
     store: StoreOption = None,
     json_: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Sample rollouts, with the entropy of every token, into the store (made if it is not there). What it has is not
-    sampled again, and what was stopped goes on.
+    """Sample rollouts and their entropies into the store. It is made if it is not there; what it has is not sampled again,
+    and what was stopped goes on.
 
     echolab generate --model Qwen/Qwen2.5-0.5B --prompts problems.jsonl --n 8 --run base --store store
     """

@@ -53,7 +53,7 @@ def mine(
     store: StoreOption = None,
     json_: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Of each group the clip that is worth learning again: the prefix of a success up to its most uncertain segment.
+    """Clips worth learning again, of each group. `peak` takes the prefix of a success up to its most uncertain segment.
 
     echolab mine --name hard --selector peak --run my-run --store store
     """

@@ -47,7 +47,8 @@ def profile(
     store: StoreOption = None,
     json_: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Segment entropy over position, of the trajectories that a condition chooses; kept under a name.
+    """Where trajectories are uncertain: segment entropy over position. The trajectories are those that a condition chooses;
+    the profile is kept under a name.
 
     echolab profile --name golden --where "role = 'expert' AND success" --store store
     """

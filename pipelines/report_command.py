@@ -30,7 +30,7 @@ def report(
     segmenter: SegmenterOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """What a store says, as one HTML file that needs no network: charts, tables, and a reader of rollouts.
+    """What a store says, as one HTML file. It has charts, tables and a reader of rollouts, and needs no network.
 
     echolab report --out report.html --run my-run --store store
     """

@@ -29,7 +29,7 @@ def train(
     show_config: Annotated[bool, typer.Option("--show-config", help="Print the resolved configuration, and stop.")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Train a policy as a configuration says; every step's rollouts go to the store. A run that was stopped goes on.
+    """Train a policy as a configuration says. Every step's rollouts go to the store; a run that was stopped goes on.
 
     echolab train run.toml --set optimizer.lr=1e-6
     """
@@ -60,7 +60,7 @@ def evaluate(
     set_: Changes = None,
     json_: JsonOption = False,
 ) -> None:
-    """mean@n, pass@k and maj@n of a model with intervals over questions; of two models, their paired difference.
+    """mean@n, pass@k and maj@n of a model, or of two, compared. Intervals are over questions; two are compared in pairs.
 
     echolab evaluate run.toml --model runs/a/checkpoints/step_000100 --against runs/b/checkpoints/step_000100 -n 32
     """

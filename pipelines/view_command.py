@@ -35,7 +35,7 @@ def view(
     segmenter: SegmenterOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """Browse all groups of a store in the browser, filter them by SQL, and see its charts, until Ctrl-C.
+    """Browse all of a store in the browser, until Ctrl-C. Groups are filtered by SQL, and there are the charts of the report.
 
     The page follows a store that is written meanwhile. Only this machine can open it; from another one, forward the port:
     ssh -L 8421:127.0.0.1:8421 HOST, and there `echolab view --port 8421 --no-browser`.

@@ -21,6 +21,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from echolab import __version__
 from echolab.named import draft
 from echolab.store import Store
 from pipelines.cli import main
@@ -272,6 +273,13 @@ def test_a_pipe_that_closes_early_is_no_error(store):
 def test_maintenance_commands_answer_in_text_and_json(command, store):
     assert echolab("store", command, "--store", store).returncode == 0
     assert json.loads(echolab("store", command, "--store", store, "--json").stdout) is not None
+
+
+def test_the_version_is_said_and_the_help_names_every_command_in_whole_sentences():
+    assert echolab("--version").stdout == f"{__version__}\n"
+    lines = echolab("--help").stdout.split("Commands:\n")[1].splitlines()
+    assert len(lines) == 16 and lines[0].split()[0] == "demo"
+    assert [line for line in lines if not line.endswith(".") or line.endswith("...")] == []
 
 
 def test_every_command_has_help_with_an_example():
