@@ -177,7 +177,7 @@ def _reference(config: TrainConfig) -> Scorer:
 
 
 def _same_config(path: Path, config: TrainConfig) -> None:
-    """A folder belongs to one configuration; only the number of steps, checkpoints and logs may change."""
+    """A folder belongs to one configuration; only when it ends, checkpoints and logs may change."""
     now = _compared(config.model_dump(mode="json"))
     if path.exists() and (before := _compared(json.loads(path.read_text()))) != now:
         key = next(k for k in sorted({*before, *now}) if before.get(k) != now.get(k))
@@ -191,7 +191,7 @@ def _same_config(path: Path, config: TrainConfig) -> None:
 def _compared(document: dict[str, Any], above: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in document.items():
-        if above == "" and key in ("steps", "checkpoint", "log"):
+        if above == "" and key in ("steps", "until_degenerate", "checkpoint", "log"):
             continue
         if isinstance(value, dict):
             found |= _compared(value, f"{above}{key}.")
