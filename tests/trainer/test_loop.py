@@ -26,7 +26,6 @@ from echolab.errors import EcholabError, WrongUsage
 from trainer import checkpoint
 from trainer.config import TrainConfig
 from trainer.loop import train
-from trainer.pretrain import new_model, save
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE: dict[str, Any] = {
@@ -36,13 +35,6 @@ BASE: dict[str, Any] = {
     "sampling": {"prompts": 4, "n": 4, "max_tokens": 8},
     "optimizer": {"lr": 1e-3},
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("policy")
-    save(new_model(0), folder)
-    return folder
 
 
 @pytest.fixture

@@ -16,17 +16,10 @@ import torch
 
 from trainer import loop, maze
 from trainer.config import TrainConfig
-from trainer.pretrain import new_model, save
+from trainer.pretrain import new_model
 from trainer.run import Run
 
 NEWLINE = 37  # the maze tokenizer's
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("policy")
-    save(new_model(0), folder)
-    return folder
 
 
 @pytest.fixture
