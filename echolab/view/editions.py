@@ -17,6 +17,7 @@ from echolab.chartdata import Answers
 from echolab.errors import EcholabError
 from echolab.report.build import Overview, clips, colours
 from echolab.report.choice import Choice, choose
+from echolab.report.html import words
 from echolab.report.rollouts import CUTS, around, experts, spelling
 from echolab.report.sample import KINDS, Sample, as_json
 from echolab.schema import TABLES
@@ -106,15 +107,16 @@ def _index(session: Session, runs: tuple[str, ...] | None, choice: Choice) -> di
     sizes: dict[str, int] = {}
     for row in counts:
         sizes[row["run"]] = sizes.get(row["run"], 0) + row["n"]
-    found, scale = {row["kind"] for row in counts}, _scale(session)
+    found, scale, n = {row["kind"] for row in counts}, _scale(session), sum(sizes.values())
+    about = f"All {count(n, 'group')} can be read here. `?` lists the keys, and the address leads back to what is open."
     return {
-        "groups": sum(sizes.values()),
+        "groups": n,
         "rollouts": sum(row["rollouts"] for row in counts),
         "runs": sorted(sizes, key=lambda run: (-sizes[run], run)),
         "kinds": [[kind, word] for kind, word in KINDS.items() if kind in found],
         "columns": session.sql("SELECT * FROM groups LIMIT 0").columns,
         "scale": scale,
-        "colours": f"{colours(session, scale)} {clips(choice.clipset)}",
+        "about": words(f"{about} {colours(session, scale)} {clips(choice.clipset)}"),
     }
 
 

@@ -16,7 +16,7 @@ def shell(name: str) -> str:
         "<noscript><p>This page needs JavaScript.</p></noscript></header></div>"
         '<main><p id="trouble" class="trouble" role="alert" hidden></p>'
         '<section id="read" class="wide" hidden><h2>Read</h2><p id="about"></p><div id="reader"></div></section>'
-        '<div id="rest"></div></main><div id="foot"></div>'
+        '<div id="rest"><section><p>The charts are being drawn.</p></section></div></main><div id="foot"></div>'
     )
     scripts = [vega(), part("reader.js"), part("page.js"), part("view.js", "echolab.view")]
     return page(f"echolab: {name}", body, [part("style.css")], scripts, {}, connect="'self'")

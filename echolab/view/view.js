@@ -47,7 +47,7 @@
   // The list as it is now. What is open stays open.
   async function show(state) {
     shown = state;
-    element("about").textContent = `All ${number(state.groups)} groups can be read here. ? lists the keys, and the address leads back to what is open. ${state.colours}`;
+    element("about").innerHTML = state.about;
     element("read").hidden = !state.groups;
     if (!state.groups) return;
     if (!reader) {
@@ -72,9 +72,10 @@
     const overview = await ask("overview");
     if (!overview) return;
     drawn = overview.edition;
-    const rest = element("rest");
-    rest.style.minHeight = `${rest.offsetHeight}px`; // the page keeps its height meanwhile
+    const rest = element("rest"), reading = element("reader"), before = reading.getBoundingClientRect().top;
+    rest.style.minHeight = `${rest.offsetHeight}px`; // the page keeps its height meanwhile, and what is being read its place
     element("top").innerHTML = overview.parts.top;
+    if (reading.matches(":hover, :focus-within")) window.scrollBy(0, reading.getBoundingClientRect().top - before);
     rest.innerHTML = overview.parts.rest;
     element("foot").innerHTML = overview.parts.foot;
     await drawCharts(overview.charts, reader);
