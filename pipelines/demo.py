@@ -368,8 +368,8 @@ def _end(plan: Plan, fast: bool, seeds: int, seconds: float, say: Say) -> dict[s
         say("\nTHESE ARE THE REMEDIES, MEASURED. Four ways to go on, with the same random numbers, on held-out mazes:")
         columns = "arm source n_seeds start success_rate gain gain_low gain_high solved solved_gain"
         arms = _asked(lab, say, "arms", columns, lambda f: f)
-        headline = experiment(Answers.of(lab.session(), runs)) or "No arms to compare"
-        say(f"\n{headline}.")
+        headline, figures = experiment(Answers.of(lab.session(), runs)) or ("No arms to compare", "")
+        say(f"\n{headline}.\n{figures}.")
         page = lab.report(plan.folder / "report.html", runs=runs, clipset="peak-0")
         problems = lab.validate()
     if problems:

@@ -213,3 +213,11 @@ def test_without_altair_the_pip_command_is_named(tmp_path):
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said == "charts need Altair: pip install 'echolab[report]'\n"
+
+
+def test_the_first_line_of_a_report_says_what_helped(experiment, tmp_path):
+    experiment.report(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "<h1>Against grpo, over 3 seeds: new helped, odd cannot be told from it.</h1>" in page
+    gain = next(r["gain"] for r in answer(experiment, "arms") if r["arm"] == "new" and r["source"] is None)
+    assert f"new {100 * gain:+.1f} (" in page

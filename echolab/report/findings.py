@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 
 from echolab.chartdata import NO_REWARDS, NO_ROLLOUTS, Answers, Missing
-from echolab.words import count, listed, percent, short
+from echolab.words import THIN, count, listed, percent, short
 
 FILES = 30  # of the ledger that are listed one by one
 DEGENERATE = ("all_fail", "constant", "all_success")
@@ -33,32 +33,40 @@ def finding(answers: Answers) -> Finding:
     lead = (main.reasons(), main.problems(), main.costs())
     headline = main.begin(main.headline())
     if told := experiment(answers):
-        headline, lead = told, (f"{headline}.", *lead)
+        headline, lead = told[0], (f"{told[1]}.", f"{headline}.", *lead)
     return Finding(headline, tuple(filter(None, lead)), tuple(main.figures()))
 
 
-def experiment(answers: Answers) -> str | None:
-    """What the arms of an experiment came to, over all sources of questions; None where there is no experiment."""
+def experiment(answers: Answers) -> tuple[str, str] | None:
+    """What the arms of an experiment came to, over all sources of questions: in words, and in figures. None where there is
+    no experiment."""
     try:
         rows = answers.arms()
     except Missing:
         return None
     together = rows.filter(pl.col("source").is_null())
     rows = together if together.height else rows
-    base, seeds = rows["base"][0], int(rows.select(pl.min("n_seeds")).item())
+    base, seeds = rows["base"][0], min(rows["n_seeds"].to_list())
     arms = [row for row in rows.to_dicts() if row["arm"] != base]
+    unit = f"Against {base}, in points of evaluated samples that are right"
     if seeds < 2:
-        told = [f"{row['arm']} {100 * row['gain']:+.1f}" for row in arms]
-        return f"An anecdote of one seed: against {base}, {listed(told)} points"
-    better, worse, unclear = [], [], []
-    for row in arms:
-        low, high = row["gain_low"], row["gain_high"]
-        said = f"{row['arm']} ({100 * row['gain']:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f})"
-        (better if low > 0 else worse if high < 0 else unclear).append(said)
+        told = listed([f"{row['arm']} {_points(row['gain'])}" for row in arms])
+        return (
+            f"An anecdote of one seed: {told} points against {base}",
+            f"{unit}: {told}; how sure that is, one seed cannot say",
+        )
+    better = [row["arm"] for row in arms if row["gain_low"] > 0]
+    worse = [row["arm"] for row in arms if row["gain_high"] < 0]
+    unclear = [row["arm"] for row in arms if row["arm"] not in (*better, *worse)]
     told = [f"{listed(better)} helped"] if better else []
     told += [f"{listed(worse)} did harm"] if worse else []
     told += [f"{listed(unclear)} cannot be told from it"] if unclear else []
-    return f"Against {base}, over {seeds} seeds: {'; '.join(told)}"
+    figures = [f"{r['arm']} {_points(r['gain'])} ({_points(r['gain_low'])} to {_points(r['gain_high'])})" for r in arms]
+    return f"Against {base}, over {seeds} seeds: {', '.join(told)}", f"{unit}, with 95{THIN}% intervals: {listed(figures)}"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 class _Main:
