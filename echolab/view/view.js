@@ -3,6 +3,7 @@
 "use strict";
 (() => {
   const EVERY = 3000; // milliseconds between two looks at the store
+  const KEPT = 20; // groups that were read
   const element = (id) => document.getElementById(id);
   const number = (value) => value.toLocaleString("en-US");
 
@@ -22,13 +23,28 @@
   // All groups of the store, as the reader wants them.
   class ServedGroups {
     constructor(state) { this.take(state); }
-    take({ runs, kinds, scale, sorts, columns }) { Object.assign(this, { runs, kinds, scale, sorts, columns }); }
-    find(query) {
+    take({ runs, kinds, scale, sorts, columns }) { Object.assign(this, { runs, kinds, scale, sorts, columns, listed: [], kept: new Map() }); }
+    async find(query) {
       this.finding?.abort(); // what nobody waits for any more, the server need not look for
       this.finding = new AbortController();
-      return ask("groups", query, { signal: this.finding.signal });
+      const found = await ask("groups", query, { signal: this.finding.signal });
+      this.listed = found.groups.map((group) => group.group_id);
+      return found;
     }
-    load(id) { return ask(`group/${id}`); }
+    // Who opens a group opens the next one next.
+    async load(id) {
+      const group = await this.read(id), next = this.listed[this.listed.indexOf(id) + 1];
+      if (next) this.read(next).catch(() => {});
+      return group;
+    }
+    read(id) {
+      if (!this.kept.has(id)) {
+        if (this.kept.size >= KEPT) this.kept.delete(this.kept.keys().next().value);
+        this.kept.set(id, ask(`group/${id}`));
+        this.kept.get(id).catch(() => this.kept.delete(id));
+      }
+      return this.kept.get(id);
+    }
     all(id) { return ask(`group/${id}`, { all: "1" }); }
     whole(id, rollout) { return ask(`group/${id}`, { rollout }); }
     absent(id) { return `Group ${id} is not in this store.`; }
