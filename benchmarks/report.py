@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
@@ -139,6 +140,15 @@ class Served:
         assert answer.status == 200, body
         return (time.perf_counter() - started) * 1000, body
 
+    def answers(self, name: str, requests: Sequence[tuple[str, Mapping[str, object]]]) -> list[Any]:
+        """A line of the table."""
+        times = [self.ask(what, **given)[0] for what, given in requests]
+        return [name, len(times), round(statistics.median(times)), round(max(times)), round(self.mb)]
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait()
+
     @property
     def mb(self) -> float:
         return self.process.memory_info().rss / 2**20
@@ -167,17 +177,18 @@ def viewer(o: argparse.Namespace) -> None:
         "search, all texts": [("groups", {"words": f"word{i} word{i + 1}"}) for i in range(3)],
         "search, one step": [("groups", {"words": "word3 word4", "where": f"step = {8 * i + 1}"}) for i in range(30)],
     }
-    lines = []
-    for name, requests in asked.items():
-        times = [served.ask(what, **given)[0] for what, given in requests]
-        lines.append([name, len(times), round(statistics.median(times)), round(max(times)), round(served.mb)])
-    served.process.send_signal(signal.SIGINT)
-    served.process.wait()
+    lines = [served.answers(name, requests) for name, requests in asked.items()]
+    served.stop()
+    long = Served(generate(o.folder / f"view-long-{o.rows}", o.rows // 50, 2000, 5, where="step = 1").root)
+    groups = [g["group_id"] for page in range(1, 31) for g in json.loads(long.ask("groups", page=page)[1])["groups"][:1]]
+    lines.append(long.answers("a group of long rollouts", [(f"group/{id}", {}) for id in groups]))
+    long.stop()
     about = (
         f"{o.rows:,} rollouts of {tokens} tokens, scored, in {o.rows // SAMPLES:,} groups of {steps} steps, {steps} files a"
         f" table ({_size(store.root):.1f} GB). The address is printed after {served.began:.1f} s, the charts are there after"
         f" {served.drawn:.1f} s; the server then has {began:,.0f} MB. Requests come one after another, each with a new"
-        " connection; of pages, groups and searches each is another one. Goal: 200 ms for a page."
+        " connection; of pages, groups and searches each is another one. Long rollouts have 2,000 tokens, in a store of their"
+        f" own, of {o.rows // 50:,} in 5 steps. Goal: 200 ms for a page."
     )
     names = ("starlette", "uvicorn", "duckdb", "polars")
     made = f"{machine(names)}, {load}. Made by `python benchmarks/report.py view`."
