@@ -126,13 +126,23 @@ def edition(store):
 
 
 def test_without_the_token_nothing_is_shown(served):
-    for path in ("/", "/groups", "/x/groups", served.path[:-2] + "/", served.path.upper(), "//" + served.path, "/favicon.ico"):
+    for path in (
+        "/",
+        "/groups",
+        "/x/groups",
+        served.path[:-2] + "/",
+        served.path.upper(),
+        "//" + served.path,
+        "/favicon.ico",
+        "/%ff/x",
+        "*",
+    ):
         status, _, body = served.ask(path)
         assert status == 403 and len(body) < 100, path
     assert served.ask(served.path)[0] == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1", "127.0.0.1:1", "localhost", "evil.example:{port}", ""])
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1", "127.0.0.1:1", "localhost", "evil.example:{port}", "[", ""])
 def test_under_another_name_it_does_not_answer(served, host):
     """A page that points its own name at this machine sends that name."""
     assert served.ask(served.path, Host=host.format(port=served.port))[0] == 403
@@ -281,13 +291,17 @@ def test_a_condition_can_neither_write_nor_look_elsewhere(served, where):
     assert served.get("groups")[0] == 200
 
 
+def ask_endlessly(served):
+    connection = http.client.HTTPConnection("127.0.0.1", served.port)
+    where = "(SELECT count(*) FROM range(10000000000) a, range(1000) b WHERE a.range * b.range = 7) > 0"
+    connection.request("GET", f"{served.path}groups?{urlencode({'where': where})}")
+    time.sleep(0.05)
+    return connection
+
+
 def test_a_request_that_nobody_waits_for_is_given_up(served):
-    endless = urlencode({"where": "(SELECT count(*) FROM range(10000000000) a, range(1000) b WHERE a.range * b.range = 7) > 0"})
     for _ in range(6):  # more than are answered at once
-        connection = http.client.HTTPConnection("127.0.0.1", served.port)
-        connection.request("GET", f"{served.path}groups?{endless}")
-        time.sleep(0.05)
-        connection.close()
+        ask_endlessly(served).close()
     began = time.monotonic()
     assert served.get("groups")[0] == 200 and time.monotonic() - began < 10
 
@@ -430,6 +444,16 @@ def test_a_clear_error_where_something_is_wrong(make_store, monkeypatch, served)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(EcholabError, match=re.escape("pip install 'echolab[view]'")):
         app(["view", "--store", root], standalone_mode=False)
+
+
+@pytest.mark.slow
+def test_it_ends_at_once_though_it_is_answering(serve, store):
+    served = serve(store.root)
+    asking = [ask_endlessly(served) for _ in range(6)]
+    time.sleep(1)
+    began = time.monotonic()
+    assert served.stop() == (130, "", "echolab: interrupted\n") and time.monotonic() - began < 10
+    assert {connection.getresponse().status for connection in asking} == {400}
 
 
 @pytest.mark.slow

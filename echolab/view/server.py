@@ -58,7 +58,7 @@ class Guard:
         await app(scope, receive, dressed)
 
     def refusal(self, request: Request) -> Response | None:
-        given = request.url.path.split("/")[1] if request.url.path.startswith("/") else ""
+        given = [*request.scope["path"].split("/"), ""][1]  # `request.url` is made from the host that was sent
         if request.headers.get("host") not in self.hosts:
             said = f"This server is http://{HOST}:{self.port} and answers under no other name. Forward this port as itself.\n"
             return PlainTextResponse(said, 403)
@@ -89,6 +89,7 @@ class Viewer:
         self.editions, self.page = editions, page
         self.threads = ThreadPoolExecutor(AT_ONCE, "view")
         self.asking: set[Asking] = set()
+        self.ends = False
 
     def app(self, token: str) -> Starlette:
         def lists(edition: Edition, session: Session, request: Request) -> Any:
@@ -129,7 +130,7 @@ class Viewer:
                 return as_json(work(edition, session, request))
 
         async def endpoint(request: Request) -> Response:
-            asking = Asking(time.monotonic() + SECONDS)
+            asking = Asking(time.monotonic() + SECONDS, alone=self.ends)
             self.asking.add(asking)
             try:
                 answer = asyncio.get_running_loop().run_in_executor(self.threads, worked, asking, request)
@@ -146,9 +147,14 @@ class Viewer:
 
         return endpoint
 
-    def close(self) -> None:
+    def abandon(self) -> None:
+        """Give up what is being answered, and what is asked from now on."""
+        self.ends = True
         for asking in self.asking.copy():
             asking.alone = True
+
+    def close(self) -> None:
+        self.abandon()
         self.threads.shutdown()
         self.editions.close()
 
@@ -158,15 +164,19 @@ def _json(text: str, status: int = 200) -> Response:
 
 
 class _Server(uvicorn.Server):
-    """One that says when it answers: Ctrl-C before that would end in a warning of asyncio's."""
+    """One that says when it answers (Ctrl-C before that would end in a warning of asyncio's), and when it ends."""
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]):
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None], ends: Callable[[], None]):
         super().__init__(config)
-        self.ready = ready
+        self.ready, self.ends = ready, ends
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.ends()
+        await super().shutdown(sockets)
 
 
 def serve(viewer: Viewer, port: int, ready: Callable[[str], None]) -> None:
@@ -180,9 +190,9 @@ def serve(viewer: Viewer, port: int, ready: Callable[[str], None]) -> None:
         port, token = listening.getsockname()[1], secrets.token_urlsafe(24)
         config = uvicorn.Config(
             Guard(viewer.app(token), token, port), http="h11", ws="none", lifespan="off", log_level="warning", access_log=False,
-            server_header=False, timeout_graceful_shutdown=1,
+            server_header=False, timeout_graceful_shutdown=5,
         )  # fmt: skip
         try:
-            _Server(config, lambda: ready(f"http://{HOST}:{port}/{token}/")).run(sockets=[listening])
+            _Server(config, lambda: ready(f"http://{HOST}:{port}/{token}/"), viewer.abandon).run(sockets=[listening])
         finally:
             viewer.close()
