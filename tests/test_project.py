@@ -22,7 +22,7 @@ GROUND = {
     "files": {"schema", "errors"},
     "store": {"schema", "ids", "errors", "ledger", "files"},
 }
-HEAVY = ("torch", "transformers", "polars", "pyarrow", "duckdb", "deltalake", "pandas", "altair", "rich")
+HEAVY = "torch transformers polars pyarrow duckdb deltalake pandas altair rich starlette uvicorn".split()
 
 
 def sources(*rooms: str) -> list[Path]:
