@@ -22,7 +22,9 @@ GROUND = {
     "files": {"schema", "errors"},
     "store": {"schema", "ids", "errors", "ledger", "files"},
 }
-HEAVY = "torch transformers polars pyarrow duckdb deltalake pandas altair rich starlette uvicorn".split()
+HEAVY = (
+    "torch", "transformers", "polars", "pyarrow", "duckdb", "deltalake", "pandas", "altair", "rich", "starlette", "uvicorn",
+)  # fmt: skip
 
 
 def sources(*rooms: str) -> list[Path]:

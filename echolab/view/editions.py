@@ -29,7 +29,7 @@ log = logging.getLogger("echolab")
 MEMORY = "2GB"  # of one edition at most; what needs more goes to disk
 AT_ONCE = 4  # requests
 REST = 0.5  # seconds between two looks at a store that changes, at least
-STEPS, OF_A_STEP = 16, 48  # whose tokens say where colours end
+STEPS, OF_A_STEP, TOKENS = 16, 16, 2000  # of how many rollouts of how many steps tokens say where colours end
 # What is asked again and again is held in memory: some 300 bytes a group, 100 a rollout and 8 a segment.
 KEEP = {
     "groups": "SELECT * FROM groups ORDER BY step DESC NULLS LAST, group_id",
@@ -137,9 +137,10 @@ def _scale(session: Session) -> dict[str, float]:
     )
     for entropies, logprobs, mask, segments in found.iter_rows():
         counted = np.array([m is not False for m in mask or [True] * len(entropies)], bool)
-        drawn.entropies.append(np.array(entropies, float)[counted])
+        every = slice(None, None, 1 + len(entropies) // TOKENS)
+        drawn.entropies.append(np.array(entropies, float)[counted][every])
         if logprobs:
-            drawn.surprises.append(-np.array(logprobs, float)[counted])
+            drawn.surprises.append(-np.array(logprobs, float)[counted][every])
         drawn.segments += [e for e in segments or () if e is not None]
     return drawn.scale()
 
