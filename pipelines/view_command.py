@@ -42,9 +42,9 @@ def view(
 
     echolab view --store store
     """
+    from echolab.view.server import Viewer, serve  # isort: skip, it says what is not installed
     from echolab.view.editions import Editions, Wanted
     from echolab.view.page import shell
-    from echolab.view.server import Viewer, serve
 
     with open_lab(store) as lab:
         opened = lab.store

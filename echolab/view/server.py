@@ -13,10 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from echolab.errors import EcholabError
-from echolab.report.sample import as_json
-from echolab.sql import Session
-from echolab.view.browse import SORTS, Query, find, group
-from echolab.view.editions import AT_ONCE, Edition, Editions
 
 try:
     import uvicorn
@@ -26,6 +22,11 @@ try:
     from starlette.routing import Mount, Route
 except ImportError:
     raise EcholabError("view needs Starlette and uvicorn: pip install 'echolab[view]'") from None
+
+from echolab.report.sample import as_json
+from echolab.sql import Session
+from echolab.view.browse import SORTS, Query, find, group
+from echolab.view.editions import AT_ONCE, Edition, Editions
 
 log = logging.getLogger("echolab")
 HOST = "127.0.0.1"
