@@ -28,7 +28,7 @@ class Section(Config):
 
 class ModelConfig(Section):
     path: str
-    """A folder, or a name on the Hub, of a transformers causal language model."""
+    """A folder, or a name on the Hub, of a transformers causal language model; `maze` is a tiny one for the built-in task."""
 
     tokenizer: str | None = None
     """Its tokenizer, where it lies elsewhere."""

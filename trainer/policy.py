@@ -11,15 +11,17 @@ from torch import Tensor
 from echolab.entropy.head import token_logprobs
 from echolab.entropy.scorer import Scorer, ScorerConfig
 from trainer.config import ModelConfig
+from trainer.maze import WEIGHTS
 
 MICRO_TOKENS = {"cpu": 2048, "cuda": 16_384}
 
 
 def load(config: ModelConfig, temperature: float, path: str | None = None) -> Scorer:
     """The model with its tokenizer and head, ready to learn. Dropout stays off: it would make every ratio differ from 1."""
+    path = path or config.path
     policy = Scorer.load(
         ScorerConfig.make(
-            model=path or config.path,
+            model=str(WEIGHTS) if path == "maze" else path,
             tokenizer=config.tokenizer,
             dtype=config.dtype,
             temperature=temperature,
