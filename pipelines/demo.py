@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import polars as pl
@@ -24,7 +25,7 @@ import echolab
 from echolab.errors import EcholabError
 from echolab.lab import Lab
 from echolab.words import THIN, count, percent, short
-from pipelines.experiment import ARMS, VERIFIER, Plan, held_out, write_lines
+from pipelines.experiment import ARMS, SELECTORS, VERIFIER, Plan, held_out, write_lines
 from pipelines.render import table
 from trainer import checkpoint, maze
 
@@ -359,6 +360,19 @@ def _tell_clips(lab: Lab, say: Say) -> None:
     _asked(lab, say, "clip_stats", columns, lambda f: f.filter(pl.col("clipset").str.contains("^(peak|random)-0@")))
 
 
+def _gradients(plan: Plan, selector: str) -> str:
+    """How the gradient of replayed clips lies to that of the policy, over the steps of all seeds at which both were measured."""
+    lines = [line for path in plan.folder.glob(f"runs/{selector}-s*/metrics.jsonl") for line in path.read_text().splitlines()]
+    both = [v for v in map(json.loads, lines) if v.get("norm/pg") and v.get("norm/replay")]
+    if not both:
+        return f"The gradient of {selector} clips was never measured beside one of the policy."
+    length = fmean(v["norm/replay"] / v["norm/pg"] for v in both)
+    cosine = fmean(v["cosine/replay"] for v in both)
+    return (
+        f"The gradient of {selector} clips was {length:.1f} times as long as the policy's, at a cosine of {cosine:+.2f} to it."
+    )
+
+
 def _end(plan: Plan, fast: bool, seeds: int, seconds: float, say: Say) -> dict[str, Any]:
     from echolab.chartdata import Answers
     from echolab.report.findings import experiment
@@ -370,6 +384,8 @@ def _end(plan: Plan, fast: bool, seeds: int, seconds: float, say: Say) -> dict[s
         arms = _asked(lab, say, "arms", columns, lambda f: f)
         headline, figures = experiment(Answers.of(lab.session(), runs)) or ("No arms to compare", "")
         say(f"\n{headline}.\n{figures}.")
+        for selector in SELECTORS:
+            say(_gradients(plan, selector))
         page = lab.report(plan.folder / "report.html", runs=runs, clipset="peak-0")
         problems = lab.validate()
     if problems:
@@ -381,5 +397,6 @@ def _end(plan: Plan, fast: bool, seeds: int, seconds: float, say: Say) -> dict[s
     }  # fmt: skip
     (plan.folder / MARKER).write_text(json.dumps({"fast": fast, "facts": facts}))
     say(f"\nAll of it as a page, {page.size / 1e6:.1f}{THIN}MB, after {minutes}: {page.path}")
-    say(f'Ask on: echolab sql "SELECT kind, count(*) FROM groups GROUP BY kind" --store {_short(plan.store)}')
+    say(f"Read on: echolab view --store {_short(plan.store)}")
+    say(f'Ask on:  echolab sql "SELECT kind, count(*) FROM groups GROUP BY kind" --store {_short(plan.store)}')
     return facts
