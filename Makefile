@@ -29,7 +29,7 @@ lint: .venv/dev
 	touch $@
 
 .venv/demo: .venv/core
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[torch,report]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[torch,report,view]"
 	touch $@
 
 .venv/dev: .venv/core

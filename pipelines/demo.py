@@ -361,7 +361,7 @@ def _tell_clips(lab: Lab, say: Say) -> None:
 
 
 def _gradients(plan: Plan, selector: str) -> str:
-    """How the gradient of replayed clips lies to that of the policy, over the steps of all seeds at which both were measured."""
+    """How the gradient of replayed clips lies to that of the policy, over all steps at which both were measured."""
     lines = [line for path in plan.folder.glob(f"runs/{selector}-s*/metrics.jsonl") for line in path.read_text().splitlines()]
     both = [v for v in map(json.loads, lines) if v.get("norm/pg") and v.get("norm/replay")]
     if not both:
