@@ -384,6 +384,8 @@ def demo(
             raise EcholabError("the demo trains a policy: pip install 'echolab[torch,report]'; or try --simulated") from None
         from pipelines.demo import demo as demo_
 
+        if seeds is not None and seeds < 1:
+            raise WrongUsage("--seeds is at least 1")
         facts = demo_(keep or Path("echolab-demo"), fast=fast, seeds=seeds, fresh=fresh, say=say if json_ else print)
     if json_:
         print_json(facts)

@@ -49,7 +49,8 @@ def demo(
 ) -> dict[str, Any]:
     """Make the demo in `folder`, or go on with it, and tell it with `say`. A finished one is only told where its page is."""
     folder = folder.absolute()
-    if (facts := _begin(folder, fast, fresh)) is not None:
+    facts = _begin(folder, fast, fresh)
+    if facts is not None and facts["seeds"] >= (seeds or 1):
         say(f"{facts['headline']}.\nThe page: {facts['page']}\n`--fresh` makes the demo anew.")
         return facts
     began, plan = time.monotonic(), plan_of(folder, fast)
