@@ -103,6 +103,8 @@ def steps(turns: int, work: Path) -> str:
         for side, m in (("ours", ours), ("TRL", theirs)):
             faster = [theirs[k] / m[k] for k in ("cpu", "wall")] if side == "ours" else ["", ""]
             rows.append([f"**{case}**: {side}", m["cpu"], m["wall"], m["length"], *faster, m["peak"], m["more"]])
+    least = _medians([child("floor", "like lengths", work / "like lengths") for _ in range(turns)])
+    rows.append(["**like lengths**: floor", least["cpu"], least["wall"], *[""] * 5])
     about = paragraph(f"""
         GRPO on 16 prompts x 8 completions, one update, no KL, no evaluation, the same model, tokenizer, prompts and reward.
         Ours also computes log-probabilities and entropies, and writes every rollout to the store. TRL samples with
@@ -112,7 +114,8 @@ def steps(turns: int, work: Path) -> str:
         completions of up to 128; 23 tokens of the vocabulary (`lengths vary`) or one (`like lengths`) end one. Rivals take
         turns, each in its own process; medians of {turns} turns, in which seconds are means over the steps after the first
         {WARM_UP} (so that commits to the store count). Memory: the highest resident set, and how much that is above what
-        was held before the first step. Goal: 2 times faster.""")
+        was held before the first step. Floor: the linear layers of decoding and of one forward and backward pass, all rows
+        to the longest, and nothing else. Goal: 2 times faster.""")
     titles = ["", "CPU s", "wall s", "mean length", "CPU, theirs / ours", "wall, theirs / ours", "peak MB", "MB above start"]
     return f"## A step, from prompts to the next weights\n\n{about}{table(titles, rows)}"
 
@@ -200,6 +203,25 @@ def of_trl(case: str, folder: Path, name: str) -> dict[str, float]:
     return marks.said(statistics.mean(lengths[WARM_UP:]))
 
 
+def of_floor(case: str, folder: Path, name: str) -> dict[str, float]:
+    import torch
+    from generation import floor
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    sizes, together = cases()[case], 2048
+    model = AutoModelForCausalLM.from_pretrained(config_of(case, folder, name).model.path)
+    clocks = time.process_time(), time.perf_counter()
+    floor(model, sizes)
+    with torch.no_grad():
+        for _ in range(round(sizes.rows * (sizes.prompt + sizes.tokens) / together)):
+            for layer in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
+                given = torch.ones(together, layer.in_features)
+                made = layer(given)
+                _ = made @ layer.weight, made.T @ given  # as large as the gradients are
+    return {"cpu": time.process_time() - clocks[0], "wall": time.perf_counter() - clocks[1]}
+
+
 def _task(config: Any) -> tuple[Any, list[dict[str, Any]]]:
     from trainer_runs import verify
 
@@ -284,7 +306,7 @@ def store_child(case: str, folder: Path, name: str) -> dict[str, Any]:
 
 
 PARTS = {"steps": steps, "echo": echo, "store": store}
-CHILDREN = {"ours": of_ours, "TRL": of_trl, "echo": echo_child, "store": store_child}
+CHILDREN = {"ours": of_ours, "TRL": of_trl, "floor": of_floor, "echo": echo_child, "store": store_child}
 
 
 if __name__ == "__main__":
