@@ -97,6 +97,8 @@ def serve():
 def store(make_store, add_reading):
     made = make_store(told.steps(30))
     add_reading(made, hostile_rows())
+    bare = {"run": "bare", "problem": "p", "completion": "no reward, no length"}
+    add_reading(made, [{**bare, "group": f"{step}", "step": step} for step in (None, 3, 40)])
     add_reading(made, told.experts())
     told.score(made)
     return made
@@ -212,36 +214,55 @@ CONDITIONS = {
 }
 
 
+def length(group):
+    """Of its rollouts, on average; in tokens, else in characters."""
+    whole = group["n_chars"] if group["n_tokens"] is None else group["n_tokens"]
+    return None if whole is None else whole / group["n"]
+
+
+@pytest.mark.parametrize("sort", SORTS)
+def test_a_list_is_sorted_as_it_says(edition, sort):
+    for page in (1, 2, 9):
+        assert_lists(edition, Query(sort=sort, page=page))
+
+
 @settings(max_examples=40, deadline=None)
 @given(
-    st.sampled_from(list(CONDITIONS)), st.sampled_from(["", "r", "gold", "hostile"]), st.sampled_from(["", *OUTCOMES]),
-    st.sampled_from(["", "mixed", "all_fail", "all_success", "single"]), st.sampled_from(list(SORTS)), st.integers(1, 9),
-)  # fmt: skip
-def test_a_list_is_what_filters_over_all_groups_leave(edition, where, run, outcome, kind, sort, page):
+    where=st.sampled_from(list(CONDITIONS)),
+    run=st.sampled_from(["", "r", "gold", "hostile", "bare"]),
+    outcome=st.sampled_from(["", *OUTCOMES]),
+    kind=st.sampled_from(["", "mixed", "all_fail", "all_success", "single", "unrewarded"]),
+)
+def test_a_list_is_what_filters_over_all_groups_leave(edition, **filters):
+    assert_lists(edition, Query(**filters))
+
+
+def assert_lists(edition, query):
+    """What is found is what plain Python makes of all groups."""
     session = edition.session
     groups = session.sql("SELECT * FROM groups").to_dicts()
-    holds = CONDITIONS[where]
+    holds = CONDITIONS[query.where]
     if holds is None:
-        chosen = set(session.sql(f"SELECT group_id FROM groups WHERE {where}")["group_id"])
+        chosen = set(session.sql(f"SELECT group_id FROM groups WHERE {query.where}")["group_id"])
         holds = lambda g: g["group_id"] in chosen  # noqa: E731
     outcomes = {
         "": True, "right": pl.col("n_success") > 0, "wrong": pl.col("n_rewarded") > pl.col("n_success"),
         "unrewarded": pl.col("n_rewarded") < pl.col("n"),
     }  # fmt: skip
-    frame = pl.DataFrame(groups, infer_schema_length=None).filter(outcomes[outcome])
-    fitting = [g for g in frame.to_dicts() if holds(g) and run in ("", g["run"]) and kind in ("", g["kind"])]
+    frame = pl.DataFrame(groups, infer_schema_length=None).filter(outcomes[query.outcome])
+    fitting = [g for g in frame.to_dicts() if holds(g) and query.run in ("", g["run"]) and query.kind in ("", g["kind"])]
     order = {
         "newest": lambda g: (g["step"] is None, -(g["step"] or 0)),
         "oldest": lambda g: (g["step"] is None, g["step"] or 0),
         "kind": lambda g: (g["kind"], g["step"] is None, -(g["step"] or 0)),
         "lowest": lambda g: (g["mean"] is None, g["mean"] or 0, g["step"] is None, -(g["step"] or 0)),
         "highest": lambda g: (g["mean"] is None, -(g["mean"] or 0), g["step"] is None, -(g["step"] or 0)),
-        "longest": lambda g: -((g["n_tokens"] if g["n_tokens"] is not None else g["n_chars"] or -1) / g["n"]),
-    }[sort]
+        "longest": lambda g: (length(g) is None, -(length(g) or 0)),
+    }[query.sort]
     fitting.sort(key=lambda g: (order(g), g["group_id"]))
-    found = find(edition, session, Query(run=run, kind=kind, outcome=outcome, where=where, sort=sort, page=page))
+    found = find(edition, session, query)
     pages = max(1, -(-len(fitting) // PAGE))
-    at = min(page, pages)
+    at = min(query.page, pages)
     assert (found["found"], found["pages"], found["page"], found["total"]) == (len(fitting), pages, at, len(groups))
     assert [g["group_id"] for g in found["groups"]] == [g["group_id"] for g in fitting[(at - 1) * PAGE : at * PAGE]]
 
@@ -262,6 +283,19 @@ def test_runs_that_were_not_asked_for_are_not_listed(store):
     made.session.close()
     with pytest.raises(EcholabError, match="no run 'x' in this store"):
         Edition.of(store.snapshot(), Wanted(runs=("x",)))
+
+
+def test_a_verifiers_word_takes_the_place_of_rewards(make_store):
+    made = make_store(told.steps(2))
+    with echolab.open(made.root) as lab:
+        lab.verify("exact")
+        wrong = lab.query("degenerate_by_step", verifier="exact")["all_fail"].sum()
+    edition = Edition.of(made.snapshot(), Wanted(verifier="exact"))
+    listed = find(edition, edition.session, Query(kind="all_fail"))
+    assert listed["found"] == wrong == 8
+    read = group(edition, edition.session, listed["groups"][0]["group_id"])
+    assert {(r["status"], r["success"]) for r in read["rollouts"]} == {("no_answer", False)}
+    edition.session.close()
 
 
 @pytest.mark.parametrize(
