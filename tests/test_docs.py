@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from generators import cookbook, models
 
 from echolab.queries import list_queries
 from echolab.schema import render
 from echolab.sql import views_markdown
+from pipelines.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -61,6 +65,19 @@ def test_console_blocks_print_what_the_page_shows(page, tmp_path):
                 ["bash", "-c", command], cwd=work, env=environment | exported, capture_output=True, text=True, timeout=200
             )
             assert matches(expected, result.stdout + result.stderr), f"$ {command}\n{result.stdout}{result.stderr}"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "sh")], ids=lambda p: p.name)
+def test_commands_that_are_only_shown_have_the_options_that_they_are_shown_with(page):
+    commands: Any = typer.main.get_command(app)
+    for line in "".join(blocks(page, "sh")).splitlines():
+        command, words = commands, shlex.split(line, comments=True)
+        if not words or words[0] != "echolab":
+            continue
+        while hasattr(command, "commands") and words[1] in command.commands:
+            command, words = command.commands[words[1]], words[1:]
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert command is not commands and {w for w in words if w.startswith("-")} <= known, line
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
