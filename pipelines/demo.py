@@ -1,8 +1,8 @@
 """`echolab demo`: a real experiment on this machine, from nothing to a page, told as it happens.
 
 A tiny policy learns to walk mazes, RL saturates it on a fixed pool of them, and four ways to go on are compared. Training runs
-in processes of their own (pipelines/experiment.py); this file starts them, asks their store, and tells what it answers. What is
-there is not made again: a demo that was stopped goes on, and a finished one prints its page."""
+in processes of their own (pipelines/seeds.py, pipelines/experiment.py); this file asks their store, and tells what it answers.
+What is there is not made again: a demo that was stopped goes on, and a finished one prints its page."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import polars as pl
+from filelock import FileLock, Timeout
 
 import echolab
 from echolab.errors import EcholabError
@@ -27,14 +26,11 @@ from echolab.lab import Lab
 from echolab.words import THIN, count, percent, short
 from pipelines.experiment import ARMS, SELECTORS, VERIFIER, Plan, held_out, write_lines
 from pipelines.render import table
+from pipelines.seeds import Say, Workers
 from trainer import checkpoint, maze
 
 MARKER = "demo.json"  # says that a folder is a demo's, of which kind, and when it was finished
-BUDGET = 270.0  # seconds after which no further seed begins, unless --seeds says so
-MOST_WORKERS = 5
 AGREEMENT = ["step", "n", "n_compared", "n_agree", "agreement", "only_verifier", "only_recorded"]
-TOLD_EVERY = 10.0  # seconds between two lines of progress where there is no terminal
-Say = Callable[[str], Any]
 
 
 def plan_of(folder: Path, fast: bool) -> Plan:
@@ -53,12 +49,20 @@ def demo(
     if facts is not None and facts["seeds"] >= (seeds or 1):
         say(f"{facts['headline']}.\nThe page: {facts['page']}\n`--fresh` makes the demo anew.")
         return facts
-    began, plan = time.monotonic(), plan_of(folder, fast)
+    try:
+        with FileLock(folder / "demo.lock", timeout=0):
+            return _make(plan_of(folder, fast), fast, seeds, say)
+    except Timeout:
+        raise EcholabError(f"another demo is at work in {folder}: --keep names another folder") from None
+
+
+def _make(plan: Plan, fast: bool, seeds: int | None, say: Say) -> dict[str, Any]:
+    began = time.monotonic()
     write_lines(plan.prompts("held_out"), held_out(plan))
-    (folder / "plan.json").write_text(plan.model_dump_json())
+    (plan.folder / "plan.json").write_text(plan.model_dump_json())
     _tell_task(say)
     _policy(plan, fast, say)
-    workers = _Workers(plan, seeds or (1 if fast else None), began)
+    workers = Workers(plan, seeds or (1 if fast else None), began)
     with workers.running(say) as wait:
         wait(lambda: workers.passed(0, "pool"))
         with echolab.open(plan.store) as lab:
@@ -123,136 +127,6 @@ def _shown(line: str, say: Say) -> str:
     if line.startswith("step "):
         say(f"    {line.rstrip()}")
     return line.strip()
-
-
-@dataclass
-class _Worker:
-    """One seed, in a process of its own."""
-
-    seed: int
-    process: subprocess.Popen[str]
-    began: float
-    stages: list[str] = field(default_factory=list)
-
-    @classmethod
-    def start(cls, plan: Plan, seed: int) -> _Worker:
-        logs = plan.folder / "logs"
-        logs.mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "pipelines.experiment", str(plan.folder / "plan.json"), str(seed)]
-        with (logs / f"seed-{seed}.txt").open("w") as log:
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
-        worker = cls(seed, process, time.monotonic())
-        threading.Thread(target=worker._listen, daemon=True).start()
-        return worker
-
-    def _listen(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.stages.append(json.loads(line)["stage"])
-
-    def stop(self) -> None:
-        """It leaves a checkpoint, and ends."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-
-    def said(self, plan: Plan) -> str:
-        """Where it is, in a few words."""
-        stage = self.stages[-1] if self.stages else "starting"
-        if stage not in ("pool", *ARMS):
-            return f"seed {self.seed}: {stage}"
-        run = f"pool-{self.seed}" if stage == "pool" else f"{stage}-s{self.seed}"
-        values = _newest(plan.folder / "runs" / run / "metrics.jsonl")
-        if "reward" not in values:
-            return f"seed {self.seed}: {run} begins"
-        figures = f"reward {values['reward']:.2f}, degenerate {percent(values['degenerate'])}"
-        return f"seed {self.seed}: {run}, step {values['step']}, {figures}"
-
-
-def _newest(metrics: Path) -> dict[str, Any]:
-    """The last whole line of a metrics file."""
-    try:
-        lines = metrics.read_bytes()[-20_000:].split(b"\n")
-    except OSError:
-        return {}
-    return json.loads(lines[-2]) if len(lines) > 1 and lines[-2].startswith(b"{") else {}
-
-
-class _Workers:
-    """As many seeds at once as there are cores, and one after another as long as there is time, or up to `seeds`."""
-
-    def __init__(self, plan: Plan, seeds: int | None, began: float):
-        self.plan, self.seeds, self.began = plan, seeds, began
-        self.room = max(1, min(os.cpu_count() or 1, MOST_WORKERS, seeds or MOST_WORKERS))
-        self.live: list[_Worker] = []
-        self.done: list[_Worker] = []
-
-    def passed(self, seed: int, stage: str) -> bool:
-        """Whether a seed is beyond a stage."""
-        found = [w.stages for w in (*self.live, *self.done) if w.seed == seed]
-        return bool(found) and stage in found[0] and found[0][-1] != stage
-
-    def finished(self) -> bool:
-        return not self.live
-
-    def running(self, say: Say) -> _Running:
-        return _Running(self, say)
-
-    def look(self) -> None:
-        """Take in what has ended, and begin what there is room and time for."""
-        for worker in [w for w in self.live if w.process.poll() is not None]:
-            if worker.process.returncode:
-                log = self.plan.folder / "logs" / f"seed-{worker.seed}.txt"
-                words = log.read_text().strip().splitlines() or ["without a word"]
-                raise EcholabError(f"seed {worker.seed} failed: {words[-1]} ({log})")
-            self.live.remove(worker)
-            self.done.append(worker)
-        while len(self.live) < self.room and self._another():
-            self.live.append(_Worker.start(self.plan, len(self.live) + len(self.done)))
-
-    def _another(self) -> bool:
-        begun = len(self.live) + len(self.done)
-        if self.seeds is not None:
-            return begun < self.seeds
-        if begun < self.room:
-            return True
-        took = max((time.monotonic() - w.began for w in self.done), default=0.0)
-        return time.monotonic() - self.began + took < BUDGET
-
-
-@dataclass
-class _Running:
-    """While it is entered, workers run; `wait` returns once a condition holds. Leaving early stops them."""
-
-    workers: _Workers
-    say: Say
-    told: float = field(default_factory=time.monotonic)
-
-    def __enter__(self) -> Callable[[Callable[[], bool]], None]:
-        self.workers.look()
-        return self.wait
-
-    def wait(self, until: Callable[[], bool]) -> None:
-        from rich.console import Console
-
-        console = Console(stderr=True)
-        with console.status("") as status:
-            while not until():
-                self.workers.look()
-                said = [w.said(self.workers.plan) for w in self.workers.live]
-                status.update("; ".join(said))
-                if not console.is_terminal and time.monotonic() - self.told > TOLD_EVERY:
-                    self.told = time.monotonic()
-                    self.say("    " + "; ".join(said))
-                time.sleep(0.2)
-
-    def __exit__(self, *_: object) -> None:
-        for worker in self.workers.live:
-            worker.stop()
-        for worker in self.workers.live:
-            worker.process.wait()
 
 
 # What is told.
@@ -387,6 +261,10 @@ def _end(plan: Plan, fast: bool, seeds: int, seconds: float, say: Say) -> dict[s
         say(f"\n{headline}.\n{figures}.")
         for selector in SELECTORS:
             say(_gradients(plan, selector))
+        say(
+            f"Each arm learnt from {plan.steps * 128:,} rollouts a seed; fresh sampled {4 * plan.fresh:,} more to choose its"
+            " prompts by."
+        )
         page = lab.report(plan.folder / "report.html", runs=runs, clipset="peak-0")
         problems = lab.validate()
     if problems:
