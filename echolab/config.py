@@ -20,7 +20,7 @@ class Config(BaseModel):
             return cls(**options)
         except ValidationError as e:
             problem = e.errors()[0]
-            where = ".".join(str(p) for p in problem["loc"])
+            where = ".".join(str(p) for p in problem["loc"] if p != "[key]")
             message = problem["msg"].removeprefix("Value error, ")
             if problem["type"] == "extra_forbidden":
                 near = difflib.get_close_matches(where, cls.model_fields, 1)

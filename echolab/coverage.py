@@ -29,6 +29,8 @@ class Chosen:
 def choose(session: Session, where: str | None) -> Chosen:
     """The ones that were asked for, else the only ones there are; an error that says what to do where there is none."""
     scorer, segmenter = session.sql("SELECT chosen_scorer() AS scorer, chosen_segmenter() AS segmenter").row(0)
+    if scorer is None and not session.snapshot.files("rollouts"):
+        raise EcholabError("the store holds no rollouts: `echolab ingest PATH --run NAME` reads dumps into it")
     if scorer is None:
         raise EcholabError(f"nothing is scored in this store: echolab score --model MODEL{_where(where)}")
     if segmenter is None:

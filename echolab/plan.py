@@ -384,6 +384,8 @@ def _changed(
 
 def nothing_known(paths: Sequence[str | Path], report: IngestReport) -> str:
     what = ", ".join(str(p) for p in paths)
+    if any((Path(p) / MARKER).exists() for p in paths):
+        return f"{what}: this is a store, not dumps; ask it with --store {what}"
     if not report.files:
         return f"{what}: no files"
     first = min(report.files, key=lambda f: f.status != "failed")  # what failed says more than what nobody knows

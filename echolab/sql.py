@@ -109,7 +109,7 @@ class Session:
     def batches(self, query: str, rows: int = 2048) -> Iterator[pa.RecordBatch]:
         """The answer to one SELECT in pieces, for what does not fit into memory. Ask nothing else until it has ended."""
         check(query)
-        with self._guard():
+        with self._guard(query):
             yield from self._relation(query, None).to_arrow_reader(rows)
 
     def close(self) -> None:
@@ -131,7 +131,7 @@ class Session:
         return relation
 
     def _frame(self, query: str, params: Mapping[str, Any] | Sequence[Any] | None) -> pl.DataFrame:
-        with self._guard():
+        with self._guard(query):
             table = self._wait(lambda: self._relation(query, params).to_arrow_table())
         try:
             frame = pl.DataFrame(pl.from_arrow(table))
@@ -157,10 +157,10 @@ class Session:
             return future.result()
 
     @contextmanager
-    def _guard(self) -> Iterator[None]:
+    def _guard(self, query: str) -> Iterator[None]:
         """After an error or an interrupt the transaction is spent; the next query gets a fresh one."""
         try:
-            with _clear_errors():
+            with _clear_errors(query):
                 yield
         except BaseException:
             self._con.execute("ROLLBACK")
@@ -183,6 +183,8 @@ def check(query: str) -> None:
         raise EcholabError(f"the query is {size / 1e6:.1f} MB long: at most {MAX_TEXT / 1e6:.0f} MB of SQL is read")
     with _clear_errors():
         statements = duckdb.extract_statements(query)
+    if not statements:
+        raise EcholabError("there is no query: give one SELECT")
     if len(statements) != 1:
         raise EcholabError(f"{REFUSED}; this holds {len(statements)} statements")
     kind = statements[0].type.name
@@ -221,7 +223,7 @@ def _hint(word: str, known: Iterable[str]) -> str:
 
 
 @contextmanager
-def _clear_errors() -> Iterator[None]:
+def _clear_errors(query: str = "") -> Iterator[None]:
     """DuckDB's errors as one line each."""
     try:
         yield
@@ -234,12 +236,14 @@ def _clear_errors() -> Iterator[None]:
             f"{Path(name[0]).name}, a file of this version of the store, cannot be read: was it vacuumed? Open a newer version"
         ) from None
     except (duckdb.Error, UnicodeError) as e:
-        raise EcholabError(_one_line(e)) from None
+        raise EcholabError(_one_line(e, query)) from None
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception, query: str = "") -> str:
     """What DuckDB says before it quotes the query, with its hints."""
     text = re.split(r"\n+LINE \d+:", str(error), maxsplit=1)[0]
+    if (column := re.search(r'Referenced column "([^"]+)" ', text)) and f'"{column[1]}"' in query:
+        text += f"; texts stand in single quotes: '{column[1]}'"
     if missing := re.search(r'with name "?(\w+)"? is not in the catalog, but it exists in the (\w+) extension', text):
         return f"Catalog Error: {missing[1]} needs the extension {missing[2]}: extensions are switched off"
     text = " ".join(text.removeprefix("Invalid Input Error: ").split())

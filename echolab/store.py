@@ -100,6 +100,9 @@ class Store:
     def __init__(self, root: Path):
         self.root = root
 
+    def __repr__(self) -> str:
+        return f"Store({str(self.root)!r})"
+
     @classmethod
     def create(cls, path: str | Path) -> Store:
         """A new empty store, or the one that is there already."""
@@ -120,7 +123,7 @@ class Store:
         if not root.exists():
             raise EcholabError(f"{path}: no such folder; `echolab ingest` and `echolab store init` make a store")
         if not (root / MARKER).exists():
-            raise EcholabError(f"{root} is not an echolab store: make one with `echolab store init --store {path}`")
+            raise EcholabError(f"{root} is not an echolab store: {_instead(Path(path))}")
         if store.format > FORMAT_VERSION:
             raise EcholabError(f"{root} has store format {store.format}, this echolab knows {FORMAT_VERSION}: update echolab")
         return store
@@ -346,6 +349,18 @@ class Store:
             raise EcholabError(f"table {table} lacks {', '.join(missing)}: run `echolab store migrate`")
         if unknown := [n for n in names if n not in ours]:
             raise EcholabError(f"table {table} has columns of a newer echolab ({', '.join(unknown)}): update echolab")
+
+
+def _instead(path: Path) -> str:
+    """What to do where a path is no store: it may be the folder above one."""
+    folder = path.expanduser()
+    if not folder.is_dir():
+        return "it is a file, a store is a folder"
+    if stores := sorted(marker.parent.name for marker in folder.glob(f"*/{MARKER}")):
+        return f"did you mean {path / stores[0]}?"
+    if any(folder.iterdir()):
+        return "give another folder; `echolab ingest` and `echolab store init` make a store"
+    return f"make one with `echolab store init --store {path}`"
 
 
 def _root(path: str | Path) -> Path:

@@ -32,6 +32,7 @@ from pipelines.options import (
     StoreOption,
     VerifierOption,
     VersionOption,
+    answer_format,
     argument,
     count,
     number,
@@ -41,6 +42,7 @@ from pipelines.options import (
     print_json,
     read_json,
     say,
+    say_why_empty,
     store_path,
     view_options,
 )
@@ -131,10 +133,10 @@ def _usage(error: Any) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":
         print(error.format_message())
         return USAGE
-    where = error.ctx.command_path if error.ctx else "echolab"
+    where = error.ctx.command_path if error.ctx else " ".join(["echolab", *(a for a in sys.argv[1:2] if a in ORDER)])
     if where.endswith(" query") and (wrong := getattr(error, "option_name", "")):
         return _fail(f"No such option: {wrong}; parameters of a query are given by --param {wrong.lstrip('-')}=VALUE", USAGE)
-    return _fail(f"{error.format_message()} (see `{where} --help`)", USAGE)
+    return _fail(f"{error.format_message().removesuffix('.')} (see `{where} --help`)", USAGE)
 
 
 def _fail(message: str, code: int) -> int:
@@ -278,7 +280,7 @@ def _numbers(rows: int, scores: int) -> str:
 def query(
     name: Annotated[str | None, argument("Name of the query.")] = None,
     param: Annotated[list[str] | None, option("A parameter of the query.", "--param", "-p", metavar="NAME=VALUE")] = None,
-    list_: Annotated[bool, typer.Option("--list", help="Show the queries and their parameters.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Show the queries and their parameters, or those of NAME.")] = False,
     store: StoreOption = None,
     format: FormatOption = None,
     out: OutOption = None,
@@ -294,22 +296,25 @@ def query(
 
     echolab query degenerate_by_step --param run=my-run --store store
     """
+    from echolab.queries import find_query
     from pipelines.render import write
 
     if list_:
-        _list_queries(json_)
+        _list_queries(name, json_)
         return
     if name is None:
-        raise typer.BadParameter("which query? `echolab query --list` shows them", param_hint="NAME")
+        raise WrongUsage("which query? `echolab query --list` shows them")
+    format = answer_format(format, json_)
     with open_lab(store, version, at) as lab:
         frame = lab.session(view_options(verifier, scorer, segmenter)).query(name, **pairs(param or [], "--param"))
-    write(frame, "json" if json_ else format, out, rows)
+        write(frame, format, out, rows)
+        say_why_empty(frame, lab, find_query(name).sql)
 
 
-def _list_queries(json_: bool) -> None:
-    from echolab.queries import list_queries
+def _list_queries(name: str | None, json_: bool) -> None:
+    from echolab.queries import find_query, list_queries
 
-    queries = list_queries()
+    queries = list_queries() if name is None else [find_query(name)]
     if json_:
         print_json([{"name": q.name, "title": q.title, "answers": q.answers, "examples": list(q.examples),
                       "params": [p.__dict__ for p in q.params]} for q in queries])  # fmt: skip
@@ -342,6 +347,7 @@ def sql(
     """
     from pipelines.render import write
 
+    format = answer_format(format, json_)
     with open_lab(store, version, at) as lab:
         session = lab.session(view_options(verifier, scorer, segmenter))
         if text is None and sys.stdin.isatty():
@@ -349,8 +355,10 @@ def sql(
 
             prompt(session, rows)
             return
-        frame = session.sql(sys.stdin.read() if text in (None, "-") else text)  # type: ignore[arg-type]
-    write(frame, "json" if json_ else format, out, rows)
+        asked = sys.stdin.read() if text is None or text == "-" else text
+        frame = session.sql(asked)
+        write(frame, format, out, rows)
+        say_why_empty(frame, lab, asked)
 
 
 @app.command()

@@ -18,7 +18,7 @@ CHARS = 60
 
 def curate(
     clipset: Annotated[str, option("The clip set to curate: name or name@version.")],
-    name: Annotated[str, option("Name of the new one.")],
+    name: Annotated[str, option("Name of the new one.", "--name", "-n")],
     min_tokens: Annotated[int | None, option("Drop shorter clips.")] = None,
     max_tokens: Annotated[int | None, option("Drop longer clips.")] = None,
     max_repetition: Annotated[

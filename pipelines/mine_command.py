@@ -26,16 +26,18 @@ if TYPE_CHECKING:
 
 def mine(
     name: Annotated[str, option("Name of the clip set.", "--name", "-n")],
-    selector: Annotated[str | None, option("peak, match, random, length_matched, uniform, lowest, first_k or full.")] = None,
+    selector: Annotated[
+        str | None, option("peak (default), match, random, length_matched, uniform, lowest, first_k or full.")
+    ] = None,
     run: Annotated[str | None, option("Only this run.")] = None,
     split: Annotated[str | None, option("Only this split: train, eval, ...")] = None,
     where: Annotated[str | None, option("Only these rollouts: a condition on the view `rollouts`.", metavar="SQL")] = None,
-    scope: Annotated[str | None, option("group (one choice a group), or rollout (one for each success).")] = None,
-    gate: Annotated[str | None, option("all groups, or degenerate ones only.")] = None,
+    scope: Annotated[str | None, option("group (default: one choice a group), or rollout (one for each success).")] = None,
+    gate: Annotated[str | None, option("all groups (default), or degenerate ones only.")] = None,
     top_k: Annotated[int | None, option("Of peak and lowest: so many segments, each a clip (1).")] = None,
     k: Annotated[int | None, option("Of first_k: segments of the clip (1).", "--k")] = None,
     min_segment_tokens: Annotated[int | None, option("Shorter segments are not chosen (1).")] = None,
-    region: Annotated[str | None, option("all, or think: only what begins before </think>.")] = None,
+    region: Annotated[str | None, option("all (default), or think: only what begins before </think>.")] = None,
     seed: Annotated[int | None, option("Of random, length_matched and uniform (0).")] = None,
     against: Annotated[str | None, option("Of match: a profile; without it the problem's own experts.")] = None,
     distance: Annotated[str | None, option("Of match: mse (default), dtw or pearson.")] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from datetime import UTC, datetime, timedelta
@@ -14,6 +15,8 @@ import typer
 from echolab.errors import EcholabError, WrongUsage
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from echolab.lab import Lab
     from echolab.sql import Options
 
@@ -101,6 +104,32 @@ def read_json(path: Path | None) -> dict[str, str]:
         return json.loads(path.read_bytes())
     except ValueError as e:
         raise EcholabError(f"{path}: not JSON ({e})") from None
+
+
+def answer_format(format: str | None, json_: bool) -> str | None:
+    if json_ and format not in (None, "json"):
+        raise WrongUsage(f"give --json or --format {format}, not both")
+    return "json" if json_ else format
+
+
+MADE_BY = (  # what a view or table of these names shows is there after this command
+    ("rollouts", r"\w+", "holds no rollouts: `echolab ingest PATH --run NAME` reads dumps into it"),
+    ("verdicts", r"verdicts", "holds no verdicts: `echolab verify --verifier math` makes them"),
+    ("scores", r"scores|tokens|segments|segmentations", "holds no scores: `echolab score --model MODEL` makes them"),
+    ("clips", r"clips|clipsets", "holds no clips: `echolab mine --name NAME` makes a clip set"),
+    ("profiles", r"profiles", "holds no profiles: `echolab profile --name NAME --where SQL` makes one"),
+)
+
+
+def say_why_empty(frame: pl.DataFrame, lab: Lab, query: str) -> None:
+    """No rows, since what the query reads was never made: say how it is made."""
+    if frame.height:
+        return
+    snapshot = lab.store.snapshot()  # the newest: an earlier state may well be empty
+    for table, names, how in MADE_BY:
+        if re.search(rf"\b(FROM|JOIN)\s+({names})\b", query, re.IGNORECASE) and not snapshot.files(table):
+            say(f"the store {how}")
+            return
 
 
 class Progress:

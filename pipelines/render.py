@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 FORMATS = ("table", "csv", "json", "md", "parquet")
-SUFFIXES = {".csv": "csv", ".json": "json", ".md": "md", ".parquet": "parquet"}
+SUFFIXES = {"": "table", ".txt": "table", ".csv": "csv", ".json": "json", ".md": "md", ".parquet": "parquet"}
 SHOWN_ROWS = 50
 CELL_CHARS = 60
 SAFE_INTEGER = 2**53  # above it, readers of JSON lose digits
@@ -27,7 +27,10 @@ SAFE_INTEGER = 2**53  # above it, readers of JSON lose digits
 def write(frame: pl.DataFrame, format: str | None, out: Path | None, rows: int = SHOWN_ROWS) -> None:
     """Write a frame to a file, by its suffix where no format is given, or to stdout. Only a table on stdout leaves
     something out, and says so."""
-    format = format or SUFFIXES.get(out.suffix.lower() if out else "", "table")
+    suffix = out.suffix.lower() if out else ""
+    if format is None and suffix not in SUFFIXES:
+        raise WrongUsage(f"{out}: its suffix names no format; use {', '.join(s for s in SUFFIXES if s)}, or give --format")
+    format = format or SUFFIXES[suffix]
     if format not in FORMATS:
         raise WrongUsage(f"unknown format {format!r}: use {', '.join(FORMATS)}")
     if format == "parquet":

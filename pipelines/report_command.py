@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+from echolab.errors import WrongUsage
 from pipelines.options import (
     JsonOption,
     ScorerOption,
@@ -34,6 +35,8 @@ def report(
 
     echolab report --out report.html --run my-run --store store
     """
+    if out.is_dir():
+        raise WrongUsage(f"{out} is a folder: give --out FILE.html")
     with open_lab(store) as lab:
         done = lab.report(out, runs=run, clipset=clipset, static=static, verifier=verifier, scorer=scorer, segmenter=segmenter)
     if json_:

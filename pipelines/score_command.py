@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from echolab.errors import EcholabError
+from echolab.errors import EcholabError, WrongUsage
 from pipelines.options import PARTLY, JsonOption, Progress, StoreOption, argument, count, option, print_json, store_path
 
-score_app = typer.Typer(
-    help="Token and segment entropies of stored rollouts under a model.",
-    invoke_without_command=True,
-    rich_markup_mode=None,
-)
+if TYPE_CHECKING:
+    from echolab.store import Store
+
+score_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 
 
 @score_app.callback()
@@ -39,15 +38,18 @@ def score(
     store: StoreOption = None,
     json_: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Entropies and log-probabilities of every completion token, for rollouts that have none under this model. A job that
-    was stopped goes on.
+    """Token and segment entropies of stored rollouts under a model. What has them already is not scored again, and a job
+    that was stopped goes on.
 
     echolab score --model Qwen/Qwen2.5-0.5B --where "run = 'my-run'" --store store
     """
-    if context.invoked_subcommand is not None:
+    if (command := context.invoked_subcommand) is not None:
+        given = [n for n in context.params if (source := context.get_parameter_source(n)) and source.name == "COMMANDLINE"]
+        if given:  # they would act on nothing, and another store would be asked
+            raise WrongUsage(f"options go behind the command: echolab score {command} ...")
         return
     if model is None:
-        raise typer.BadParameter("which model? Give --model", param_hint="--model")
+        raise WrongUsage("which model? Give --model, a folder or a name on the Hub")
     options = {
         "model": model, "tokenizer": tokenizer, "dtype": dtype, "temperature": temperature, "template": template,
         "segmenters": [{"mode": mode} for mode in segmenter or ["newline"]], "too_long": too_long, "max_tokens": max_tokens,
@@ -78,6 +80,8 @@ def _score(
         print_json({"scorer": scorer, **report.__dict__})
     else:
         print(f"scorer {scorer}: {count(report.rows, 'rollout')} scored, {report.tokens:,} tokens in {report.seconds:,.1f} s")
+        if not (report.rows or report.skipped or report.failed):
+            print(_why_none(target, where))
         for reason, n in report.skipped.most_common():
             print(f"{count(n, 'rollout')} not scored: {reason}")
         for item, reason in report.failed.items():
@@ -86,6 +90,17 @@ def _score(
             print("`echolab score resume` tries the failed items again")
     if report.failed:
         raise typer.Exit(PARTLY)
+
+
+def _why_none(store: Store, where: str | None) -> str:
+    """Why nothing was scored, where nothing went wrong."""
+    from echolab.sql import Session
+
+    with Session(store.snapshot()) as session:
+        chosen = session.sql(f"SELECT count(*) FROM rollouts WHERE ({where or 'true'}\n)").item()  # it may end in a comment
+    if chosen:
+        return f"{count(chosen, 'rollout')} had scores already"
+    return "no rollout fits --where" if where else "the store holds no rollouts"
 
 
 @score_app.command("resume")

@@ -54,7 +54,7 @@ def evaluate(
     config: Annotated[str, argument("The configuration of the run: its task, verifier and evaluation.", "CONFIG")],
     model: Annotated[str, option("The model: a checkpoint, a folder, or a name on the Hub.", "--model", "-m")],
     against: Annotated[str | None, option("Another model, on the same questions.")] = None,
-    n: Annotated[int | None, option("Completions of a question (those of the configuration).", "-n")] = None,
+    n: Annotated[int | None, option("Completions of a question (those of the configuration).", "--n", "-n")] = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     profile: Annotated[str | None, option("Warn if a question is a problem of this profile of the run's store.")] = None,
     set_: Changes = None,

@@ -89,6 +89,8 @@ def _print(done: VerifyReport) -> None:
     ):
         if n:
             print(f"{count(n, 'rollout')} {why}")
+    if not (done.made or done.stood or done.elsewhere or done.without_gold or done.without_text):
+        print("no rollout was there to judge")
     for reason, n in list(done.reasons.items())[:5]:
         print(f"{count(n, 'error')}: {reason}")
     if found["timeout"] or found["error"]:

@@ -124,11 +124,38 @@ def test_quarantined_rows_exit_with_3_and_say_where_they_are(tmp_path):
         (["sql", "SELECT 1", "--verifier", "math", "--store", "{store}"], 1, "math"),
         (["store", "schema", "--format", "xml"], 1, "ddl"),
         (["store", "vacuum", "--unpin", "C", "--store", "{store}"], 1, "C"),
+        (["store", "info", "--store", "{store}/.."], 1, "did you mean {store}/../store?"),
+        (["store", "info", "--store", "{store}/echolab.json"], 1, "a file"),
+        (["ingest", "{store}", "--run", "r", "--store", "{tmp}/s"], 1, "a store, not dumps"),
+        (["sql", "", "--store", "{store}"], 1, "no query"),
+        (["sql", 'SELECT 1 FROM groups WHERE run = "re-1"', "--store", "{store}"], 1, "single quotes: 're-1'"),
+        (["sql", "SELECT 1", "--out", "{tmp}/a.xlsx", "--store", "{store}"], 2, ".csv"),
+        (["sql", "SELECT 1", "--json", "--format", "csv", "--store", "{store}"], 2, "not both"),
+        (["query", "degenerate_by_stepp", "--list"], 1, "degenerate_by_step"),
+        (["report", "--out", "{tmp}", "--store", "{store}"], 2, "is a folder"),
+        (["profile", "--store", "{store}", "--compare", "a"], 2, "(see `echolab profile --help`)"),
+        (["score", "--store", "{store}", "status"], 2, "behind the command: echolab score status"),
     ],
 )
 def test_errors_are_one_line_with_the_right_exit_code(arguments, code, says, store, tmp_path):
     arguments = [a.format(tmp=tmp_path, store=store) for a in arguments]
-    assert says in refused(echolab(*arguments), code)
+    assert says.format(store=store) in refused(echolab(*arguments), code)
+
+
+def test_an_empty_answer_says_what_was_never_made(store, tmp_path):
+    assert echolab("store", "init", "--store", tmp_path / "s").returncode == 0
+    for query, at, says in (
+        ("wasted_tokens", tmp_path / "s", "no rollouts: `echolab ingest"),
+        ("entropy_by_step", store, "no scores: `echolab score"),
+        ("clip_provenance", store, "no clips: `echolab mine"),
+        ("verifier_agreement", store, "no verdicts: `echolab verify"),
+        ("profile_compare", store, "no profiles: `echolab profile"),
+    ):
+        result = echolab("query", query, "--json", store=at)
+        assert json.loads(result.stdout)["rows"] == [] and says in result.stderr, query
+    assert echolab("sql", "SELECT * FROM groups WHERE step > 9", store=store).stderr == ""
+    assert "no rollout was there to judge" in echolab("verify", "--verifier", "exact", store=tmp_path / "s").stdout
+    assert "holds no rollouts" in refused(echolab("mine", "--name", "c", store=tmp_path / "s"))
 
 
 @pytest.mark.parametrize(
@@ -288,6 +315,7 @@ def test_every_command_has_help_with_an_example():
         ["query"],
         ["sql"],
         ["demo"],
+        ["score"],
         *(["store", c] for c in ("init", "info", "history", "schema", "validate")),
     ):
         text = echolab(*command, "--help").stdout

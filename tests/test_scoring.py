@@ -103,8 +103,11 @@ def test_every_rollout_is_scored_once_and_entropy_questions_have_answers(store, 
         with echolab.open(store) as lab:
             assert len(lab.query(name)), name
     assert echo("score", "--model", model, "--threads", 1, "--store", store) == 0
-    assert "0 rollouts scored" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "0 rollouts scored" in said and "rollouts had scores already" in said
     assert rows(store) == expected
+    assert echo("score", "--model", model, "--threads", 1, "--where", "run = 'nobody'", "--store", store) == 0
+    assert "no rollout fits --where" in capsys.readouterr().out
 
 
 def test_where_chooses_and_the_rest_can_follow(store, model, expected):
