@@ -164,16 +164,19 @@ def cell(value: Any, chars: int | None = None) -> str:
 
 
 def facts(document: dict[str, Any], indent: int = 0) -> str:
-    """A nested document as indented lines; a list of like records as a table."""
+    """A nested document as indented lines; like records, in a list or by their names, as a table."""
     out = io.StringIO()
     for key, value in document.items():
         name = " " * indent + str(key).replace("_", " ")
+        if isinstance(value, dict) and value and all(isinstance(v, dict) for v in value.values()):
+            value = [{str(key).removesuffix("s"): k} | v for k, v in value.items()]  # runs: run, rollouts, ...
         if isinstance(value, dict):
             out.write(f"{name}:\n{facts(value, indent + 2)}" if value else "")
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             import polars as pl
 
-            lines = table(pl.DataFrame(value, infer_schema_length=None), 0).splitlines()
+            records = [{k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in r.items()} for r in value]
+            lines = table(pl.DataFrame(records, infer_schema_length=None), 0).splitlines()
             out.write(f"{name}:\n" + "".join(" " * (indent + 2) + line + "\n" for line in lines))
         elif isinstance(value, list):
             out.write(f"{name}: {', '.join(map(str, value)) or 'none'}\n")

@@ -69,6 +69,7 @@ def _score(
         from echolab.scoring import score as score_
     except ImportError:
         raise EcholabError("scoring needs torch and transformers: pip install 'echolab[torch]'") from None
+    from echolab.coverage import label
     from pipelines.backends import choose_backend
 
     config = ScorerConfig.make(**options)
@@ -79,7 +80,8 @@ def _score(
     if json_:
         print_json({"scorer": scorer, **report.__dict__})
     else:
-        print(f"scorer {scorer}: {count(report.rows, 'rollout')} scored, {report.tokens:,} tokens in {report.seconds:,.1f} s")
+        name = label(target.snapshot(), "scorer", scorer)  # what --scorer takes
+        print(f"scorer {name}: {count(report.rows, 'rollout')} scored, {report.tokens:,} tokens in {report.seconds:,.1f} s")
         if not (report.rows or report.skipped or report.failed):
             print(_why_none(target, where))
         for reason, n in report.skipped.most_common():

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from echolab.errors import EcholabError
+from echolab.errors import WrongUsage
 from pipelines.options import ERROR, JsonOption, RowsOption, StoreOption, open_lab, option, print_json, store_path
 
 store_app = typer.Typer(help="Make, inspect and maintain a store.", no_args_is_help=True, rich_markup_mode=None)
@@ -34,7 +34,11 @@ def store_info(store: StoreOption = None, json_: JsonOption = False) -> None:
     from pipelines.render import facts
 
     document = info(open_lab(store).snapshot)
-    print_json(document) if json_ else print(facts(document), end="")
+    if json_:
+        print_json(document)
+    else:
+        pins = [{"kind": p["kind"], "id": p["id"]} for p in document["pins"]]  # --json says which versions they hold
+        print(facts(document | {"pins": pins}), end="")
 
 
 @store_app.command("history")
@@ -69,7 +73,7 @@ def store_schema(format: Annotated[str, typer.Option(help="ddl, json or md.")] =
     try:
         print(render("json" if json_ else format), end="")
     except ValueError as e:
-        raise EcholabError(str(e)) from None
+        raise WrongUsage(str(e)) from None
 
 
 @store_app.command("validate")

@@ -122,7 +122,7 @@ def test_quarantined_rows_exit_with_3_and_say_where_they_are(tmp_path):
         (["query", "advantage_check", "-p", "tolerance=nan", "--store", "{store}"], 1, "a number"),
         (["ingest", "{store}", "--run", "r", "--step", "-1", "--store", "{tmp}/s"], 2, "negative"),
         (["sql", "SELECT 1", "--verifier", "math", "--store", "{store}"], 1, "math"),
-        (["store", "schema", "--format", "xml"], 1, "ddl"),
+        (["store", "schema", "--format", "xml"], 2, "ddl"),
         (["store", "vacuum", "--unpin", "C", "--store", "{store}"], 1, "C"),
         (["store", "info", "--store", "{store}/.."], 1, "did you mean {store}/../store?"),
         (["store", "info", "--store", "{store}/echolab.json"], 1, "a file"),
@@ -140,6 +140,14 @@ def test_quarantined_rows_exit_with_3_and_say_where_they_are(tmp_path):
 def test_errors_are_one_line_with_the_right_exit_code(arguments, code, says, store, tmp_path):
     arguments = [a.format(tmp=tmp_path, store=store) for a in arguments]
     assert says.format(store=store) in refused(echolab(*arguments), code)
+
+
+def test_info_shows_like_things_as_one_table(store):
+    said = echolab("store", "info", "--store", store).stdout
+    assert [line.split() for line in said.split("runs:\n")[1].splitlines()[:3:2]] == [
+        ["run", "attempts", "readings", "rollouts"],
+        ["r", "1", "3", "48"],
+    ]
 
 
 def test_an_empty_answer_says_what_was_never_made(store, tmp_path):

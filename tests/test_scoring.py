@@ -104,7 +104,8 @@ def test_every_rollout_is_scored_once_and_entropy_questions_have_answers(store, 
             assert len(lab.query(name)), name
     assert echo("score", "--model", model, "--threads", 1, "--store", store) == 0
     said = capsys.readouterr().out
-    assert "0 rollouts scored" in said and "rollouts had scores already" in said
+    name = rows(store, "SELECT name || '@' || version FROM scorers")[0][0]
+    assert f"scorer {name}: 0 rollouts scored" in said and "rollouts had scores already" in said
     assert rows(store) == expected
     assert echo("score", "--model", model, "--threads", 1, "--where", "run = 'nobody'", "--store", store) == 0
     assert "no rollout fits --where" in capsys.readouterr().out
