@@ -61,15 +61,16 @@ class _Layer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         n, _, slots, _ = keys.shape
-        at = slice(self.owner.width - slots, self.owner.width)
+        before = self.owner.width - slots
         for buffer, new in ((self.keys, keys), (self.values, values)):
             rows: Any = buffer[first : first + n * repeat]  # type: ignore[index]
-            rows.unflatten(0, (n, repeat))[..., at, :] = new[:, None]
+            rows[:, :, :before] = 0  # what is masked must be a number, and new memory may hold none
+            rows.unflatten(0, (n, repeat))[..., before : self.owner.width, :] = new[:, None]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         rows, capacity = self.owner.rows, self.owner.capacity
         for name, like in (("keys", key_states), ("values", value_states)):
-            make = like.new_zeros if self.owner.fixed else like.new_empty  # what is masked must be a number
+            make = like.new_zeros if self.owner.fixed else like.new_empty  # a graph's mask also hides what is not written yet
             setattr(self, name, make(rows, like.shape[1], capacity, like.shape[3]))
         self.is_initialized = True
 

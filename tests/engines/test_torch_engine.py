@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -166,6 +167,18 @@ def test_a_prompt_goes_through_the_model_once(load, budget, monkeypatch):
     assert sum(rows for rows, _ in first) == 5 and [s for s in seen if s[1] == 1] == [(40, 1)] * 3
     assert len(first) == (1 if budget == 4096 else 3)
     assert all(rows * width <= budget or rows == 1 for rows, width in first)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt_neox"])  # by our own step, and by the model's
+def test_what_lay_in_memory_before_never_shows(load, architecture, monkeypatch):
+    """New buffers are full of NaN; prompts go through the model a few at a time, each time padded to another width."""
+    scorer, asked = load(architecture), prompts()
+    monkeypatch.setitem(torch_engine.PREFILL_TOKENS, "cpu", 20)
+    before = engine(scorer).sample(asked, 2, Sampling(max_tokens=9), 0)
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *size, **options: self.new_full(size, 0).fill_(math.nan)
+                        if self.is_floating_point() else self.new_zeros(size, **options))  # fmt: skip
+    after = engine(scorer).sample(asked, 2, Sampling(max_tokens=9), 0)
+    assert same(before, after) and np.array_equal(flat(before.entropies), flat(after.entropies))
 
 
 def test_memory_bounds_the_rows_of_a_pass(load, monkeypatch):
