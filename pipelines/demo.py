@@ -47,6 +47,7 @@ def demo(
     folder = folder.absolute()
     facts = _begin(folder, fast, fresh)
     if facts is not None and facts["seeds"] >= (seeds or 1):
+        facts |= {"page": str(folder / "report.html"), "store": str(folder / "store")}  # it may have been moved
         say(f"{facts['headline']}.\nThe page: {facts['page']}\n`--fresh` makes the demo anew.")
         return facts
     try:
@@ -91,7 +92,8 @@ def _begin(folder: Path, fast: bool, fresh: bool) -> dict[str, Any] | None:
         known = json.loads(marker.read_text())
         if known["fast"] != fast:
             kind = "fast" if known["fast"] else "full"
-            raise EcholabError(f"{folder} holds a {kind} demo: --fresh makes it anew, --keep names another folder")
+            shows = "`--fast` shows it" if known["fast"] else "without --fast it is shown"
+            raise EcholabError(f"{folder} holds a {kind} demo: {shows}, --fresh makes it anew, --keep names another folder")
         return known["facts"]
     marker.write_text(json.dumps({"fast": fast, "facts": None}))
     return None

@@ -81,7 +81,7 @@ class Run:
         """A new run, or the one of this folder from its newest checkpoint on."""
         folder = Path(config.out)
         folder.mkdir(parents=True, exist_ok=True)
-        _same_config(folder / CONFIG, config)
+        _check_config(folder / CONFIG, config)
         found = checkpoint.all_of(folder / "checkpoints")
         torch.manual_seed(config.seed)
         model = policy.load(config.model, config.sampling.temperature, str(found[-1]) if found else None)
@@ -111,6 +111,7 @@ class Run:
         try:
             if found:
                 run._restore(found[-1])
+            _keep_config(folder / CONFIG, config)  # only now: one that cannot begin does not own the folder
             yield run
         finally:
             run.judge.close()
@@ -176,13 +177,16 @@ def _reference(config: TrainConfig) -> Scorer:
     return frozen
 
 
-def _same_config(path: Path, config: TrainConfig) -> None:
+def _check_config(path: Path, config: TrainConfig) -> None:
     """A folder belongs to one configuration; only when it ends, checkpoints and logs may change."""
     now = _compared(config.model_dump(mode="json"))
     if path.exists() and (before := _compared(json.loads(path.read_text()))) != now:
         key = next(k for k in sorted({*before, *now}) if before.get(k) != now.get(k))
         was = f"{key} = {before.get(key)!r}, not {now.get(key)!r}"
         raise EcholabError(f"{path.parent} holds a run with {was}: give another `out`, or delete it")
+
+
+def _keep_config(path: Path, config: TrainConfig) -> None:
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(config.model_dump(mode="json"), indent=1))
     unfinished.rename(path)

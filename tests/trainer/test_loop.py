@@ -282,6 +282,8 @@ def test_a_run_ends_once_its_prompts_have_nothing_left_to_teach_and_stays_ended(
 
 
 def test_a_folder_belongs_to_one_configuration(config):
+    with pytest.raises(EcholabError):
+        train(config(steps=1, model={"path": "nowhere/at/all"}))  # it never began, so that the folder is free
     train(config(steps=1))
     with pytest.raises(EcholabError, match=r"holds a run with optimizer.lr = 0.001, not 0.01: give another `out`"):
         train(config(steps=2, optimizer={"lr": 0.01}))
