@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from trainer import maze
 
 STEPS, BATCH, LEVELS, WARM_UP = 700, 64, (1, 10), 30
-MUON_LR, ADAM_LR, DECAY_TO = 0.02, 3e-3, 0.1
+MUON_LR, ADAM_LR, DECAY_TO = 0.03, 3e-3, 0.1
 PROMPT_TOKENS = maze.WALLS + 4
 
 
