@@ -365,7 +365,7 @@ def sql(
 def demo(
     keep: Annotated[Path | None, option("Its folder (echolab-demo, or echolab-simulated).", "--keep", metavar="DIR")] = None,
     fast: Annotated[bool, typer.Option("--fast", help="A small one in a minute, from weights that are at hand.")] = False,
-    seeds: Annotated[int | None, option("How often it is all done (as often as four minutes allow).")] = None,
+    seeds: Annotated[int | None, option("How often it is all done (as often as five minutes allow).")] = None,
     simulated: Annotated[
         bool, typer.Option("--simulated", help="No training: dumps of a made-up run to try things on.")
     ] = False,

@@ -36,11 +36,11 @@ class Plan(Config):
     """How large the experiment is."""
 
     folder: Path
-    pool: int = 48  # prompts that the policy saturates on
+    pool: int = 32  # prompts that the policy saturates on
     pool_steps: int = 500  # at most
     until_degenerate: float = 0.9  # of its groups, over 12 steps
-    fresh: int = 1024  # new prompts that the policy is asked to choose from
-    steps: int = 60  # of each arm
+    fresh: int = 640  # new prompts that the policy is asked to choose from
+    steps: int = 40  # of each arm
     evaluations: int = 5  # of each arm, beside the one before it
     questions: int = 48  # that are held out, of each of two levels
     coefficient: float = 0.1  # of the loss of peak clips
@@ -94,7 +94,7 @@ def saturate(plan: Plan, seed: int) -> Path:
     facts = train(
         _config(
             plan, f"pool-{seed}", seed, plan.folder / "policy", task, every, steps=plan.pool_steps,
-            until_degenerate=plan.until_degenerate, checkpoint={"every": 50, "keep": 1},
+            until_degenerate=plan.until_degenerate, checkpoint={"every": 50, "keep": 1}, log={},
         )
     )  # fmt: skip
     return Path(facts["checkpoint"])
