@@ -136,7 +136,8 @@ class Viewer:
             try:
                 answer = asyncio.get_running_loop().run_in_executor(self.threads, worked, asking, request)
                 while not (await asyncio.wait([answer], timeout=0.2))[0]:
-                    asking.alone = asking.alone or await request.is_disconnected()
+                    if await request.is_disconnected():  # meanwhile `abandon` may say the same
+                        asking.alone = True
                 return _json(await answer)
             except EcholabError as e:
                 return _json(as_json({"error": " ".join(str(e).split())}), 400)
