@@ -16,6 +16,7 @@ ROWS = 1900  # of one chart at most
 CLIPSETS = 12
 SERIES = 6  # runs in one report, lines in one chart
 COLUMNS, PROBLEMS = 60, 48  # of the problems' heat-map
+FEW_SEEDS = 3  # fewer are no ground for a claim, whatever their interval
 STATUSES = {
     "solved": "solved", "mixed": "mixed", "constant": "constant", "failed": "failed", "forgotten": "forgotten",
     "single": "one sample", "unrewarded": "unrewarded",

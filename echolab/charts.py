@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import polars as pl
 
 from echolab.chartdata import (
+    FEW_SEEDS,
     NO_LENGTHS,
     NO_REWARDS,
     NO_SCORES,
@@ -243,7 +244,9 @@ def arms(answers: Answers, style: Style) -> list[Figure]:
 
 def _verdict(low: str, high: str) -> pl.Expr:
     return (
-        pl.when(pl.col(low) > 0)
+        pl.when(pl.col("n_seeds") < FEW_SEEDS)
+        .then(pl.lit("not told apart"))
+        .when(pl.col(low) > 0)
         .then(pl.lit("better"))
         .when(pl.col(high) < 0)
         .then(pl.lit("worse"))

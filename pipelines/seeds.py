@@ -18,7 +18,7 @@ from echolab.errors import EcholabError
 from echolab.words import percent
 from pipelines.experiment import ARMS, Plan
 
-BUDGET = 320.0  # seconds within which seeds are to end that begin unasked
+BUDGET = 350.0  # seconds within which seeds are to end that begin unasked
 MOST_WORKERS = 5
 TOLD_EVERY = 10.0  # seconds between two lines of progress where there is no terminal
 Say = Callable[[str], Any]

@@ -221,3 +221,14 @@ def test_the_first_line_of_a_report_says_what_helped(experiment, tmp_path):
     assert "<h1>Against grpo, over 3 seeds: new helped, odd cannot be told from it.</h1>" in page
     gain = next(r["gain"] for r in answer(experiment, "arms") if r["arm"] == "new" and r["source"] is None)
     assert f"new {100 * gain:+.1f} (" in page
+
+
+def test_two_seeds_are_an_anecdote_however_narrow_their_interval(make_store, tmp_path):
+    rows = [
+        {"run": f"{arm}-s{seed}", "split": "eval", "group": f"{q}", "step": 5, "sample": i, "reward": float(i < c)}
+        for arm, c in (("grpo", 2), ("new", 4)) for seed in (0, 1) for q in range(3) for i in range(8)
+    ]  # fmt: skip
+    with echolab.open(make_store(rows).root) as lab:
+        assert {r["word"] for d in lab.chart("arms").to_dict()["datasets"].values() for r in d} == {"not told apart"}
+        lab.report(tmp_path / "page.html")
+    assert "<h1>An anecdote of 2 seeds: new +25.0 points against grpo.</h1>" in (tmp_path / "page.html").read_text()

@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from echolab.chartdata import NO_REWARDS, NO_ROLLOUTS, Answers, Missing
+from echolab.chartdata import FEW_SEEDS, NO_REWARDS, NO_ROLLOUTS, Answers, Missing
 from echolab.words import THIN, count, listed, percent, short
 
 FILES = 30  # of the ledger that are listed one by one
@@ -49,12 +49,13 @@ def experiment(answers: Answers) -> tuple[str, str] | None:
     base, seeds = rows["base"][0], min(rows["n_seeds"].to_list())
     arms = [row for row in rows.to_dicts() if row["arm"] != base]
     unit = f"Against {base}, in points of evaluated samples that are right"
-    if seeds < 2:
-        told = listed([f"{row['arm']} {_points(row['gain'])}" for row in arms])
-        return (
-            f"An anecdote of one seed: {told} points against {base}",
-            f"{unit}: {told}; how sure that is, one seed cannot say",
+    if seeds < FEW_SEEDS:
+        told, of = (
+            listed([f"{row['arm']} {_points(row['gain'])}" for row in arms]),
+            "one seed" if seeds == 1 else f"{seeds} seeds",
         )
+        said = f"An anecdote of {of}: {told} points against {base}"
+        return said, f"{unit}: {told}; how sure that is, so few seeds cannot say"
     better = [row["arm"] for row in arms if row["gain_low"] > 0]
     worse = [row["arm"] for row in arms if row["gain_high"] < 0]
     unclear = [row["arm"] for row in arms if row["arm"] not in (*better, *worse)]
