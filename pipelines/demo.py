@@ -63,16 +63,15 @@ def _make(plan: Plan, fast: bool, seeds: int | None, say: Say) -> dict[str, Any]
     (plan.folder / "plan.json").write_text(plan.model_dump_json())
     _tell_task(say)
     _policy(plan, fast, say)
-    workers = Workers(plan, seeds or (1 if fast else None), began)
-    with workers.running(say) as wait:
-        wait(lambda: workers.passed(0, "pool"))
+    with Workers(plan, seeds or (1 if fast else None), began, say) as workers:
+        workers.wait(lambda: workers.passed(0, "pool"))
         with echolab.open(plan.store) as lab:
             _tell_degeneracy(lab, say)
             _tell_uncertainty(lab, plan, say)
-        wait(lambda: workers.passed(0, "mine"))
+        workers.wait(lambda: workers.passed(0, "mine"))
         with echolab.open(plan.store) as lab:
             _tell_clips(lab, say)
-        wait(workers.finished)
+        workers.wait(workers.finished)
     return _end(plan, fast, len(workers.done), time.monotonic() - began, say)
 
 

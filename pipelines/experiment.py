@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import echolab
@@ -94,7 +95,7 @@ def saturate(plan: Plan, seed: int) -> Path:
     facts = train(
         _config(
             plan, f"pool-{seed}", seed, plan.folder / "policy", task, every, steps=plan.pool_steps,
-            until_degenerate=plan.until_degenerate, checkpoint={"every": 50, "keep": 1}, log={},
+            until_degenerate=plan.until_degenerate, checkpoint={"every": 50, "keep": 1},
         )
     )  # fmt: skip
     return Path(facts["checkpoint"])
@@ -116,14 +117,8 @@ def mine(plan: Plan, seed: int, last: int) -> None:
             if out.exists():
                 continue
             mined = f"{selector}-{seed}-mined"
-            lab.mine(
-                mined,
-                selector=selector,
-                run=f"pool-{seed}",
-                split="train",
-                scorer=f"pool-{seed}",
-                where=f"step > {last - RECENT}",
-            )
+            run, where = f"pool-{seed}", f"step > {last - RECENT}"
+            lab.mine(mined, selector=selector, run=run, split="train", scorer=run, where=where)
             lab.curate(mined, f"{selector}-{seed}", dedup=True)
             lab.export(out, "replay", clipset=f"{selector}-{seed}")
 
@@ -152,8 +147,7 @@ def equal_norm(plan: Plan, seed: int, policy: Path) -> dict[str, float]:
         task = {"prompts": str(plan.prompts(f"pool-{seed}"))}
         train(_config(plan, name, seed, policy, task, None, **more, out=str(probes / name), store=str(probes / name / "store")))
         lines = (probes / name / "metrics.jsonl").read_text().splitlines()
-        norms = [json.loads(line).get("norm/replay") for line in lines]
-        found[selector] = sum(n for n in norms if n) / max(1, sum(n is not None for n in norms))
+        found[selector] = fmean(json.loads(line).get("norm/replay", 0.0) for line in lines)
     coefficients = {s: plan.coefficient * found["peak"] / found[s] if found[s] else plan.coefficient for s in SELECTORS}
     kept.write_text(json.dumps(coefficients))
     return coefficients
@@ -189,10 +183,9 @@ def _config(plan: Plan, run: str, seed: int, policy: Path, task: dict[str, Any],
         "task": {"verifier": VERIFIER, **task},
         "sampling": {"prompts": 16, "n": 8, "max_tokens": maze.MAX_TOKENS},
         "evaluation": {"prompts": str(plan.prompts("held_out")), "every": every, "n": 4, "greedy": False} if every else {},
-        "log": {"gradients": 10},
+        "optimizer": {"lr": 5e-4},
         **more,
     }
-    document["optimizer"] = {"lr": 5e-4, **document.get("optimizer", {})}
     return TrainConfig(**document)
 
 

@@ -80,13 +80,25 @@ def _newest(metrics: Path) -> dict[str, Any]:
 
 
 class Workers:
-    """As many seeds at once as there are cores, and one after another as long as there is time, or up to `seeds`."""
+    """As many seeds at once as there are cores, and one after another as long as there is time, or up to `seeds`. They run
+    while this is entered; leaving early stops them."""
 
-    def __init__(self, plan: Plan, seeds: int | None, began: float):
-        self.plan, self.seeds, self.began = plan, seeds, began
+    def __init__(self, plan: Plan, seeds: int | None, began: float, say: Say):
+        self.plan, self.seeds, self.began, self.say = plan, seeds, began, say
+        self.told = time.monotonic()
         self.room = max(1, min(os.cpu_count() or 1, MOST_WORKERS, seeds or MOST_WORKERS))
         self.live: list[Worker] = []
         self.done: list[Worker] = []
+
+    def __enter__(self) -> Workers:
+        self.look()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.live:
+            worker.stop()
+        for worker in self.live:
+            worker.process.wait()
 
     def passed(self, seed: int, stage: str) -> bool:
         """Whether a seed is beyond a stage."""
@@ -95,9 +107,6 @@ class Workers:
 
     def finished(self) -> bool:
         return not self.live
-
-    def running(self, say: Say) -> Running:
-        return Running(self, say)
 
     def look(self) -> None:
         """Take in what has ended, and begin what there is room and time for."""
@@ -120,35 +129,17 @@ class Workers:
         took = max((time.monotonic() - w.began for w in self.done), default=0.0)
         return time.monotonic() - self.began + took < BUDGET
 
-
-@dataclass
-class Running:
-    """While it is entered, workers run; `wait` returns once a condition holds. Leaving early stops them."""
-
-    workers: Workers
-    say: Say
-    told: float = field(default_factory=time.monotonic)
-
-    def __enter__(self) -> Callable[[Callable[[], bool]], None]:
-        self.workers.look()
-        return self.wait
-
     def wait(self, until: Callable[[], bool]) -> None:
+        """Until a condition holds; meanwhile it is told where the seeds are."""
         from rich.console import Console
 
         console = Console(stderr=True)
         with console.status("") as status:
             while not until():
-                self.workers.look()
-                said = [w.said(self.workers.plan) for w in self.workers.live]
-                status.update("; ".join(said))
-                if not console.is_terminal and time.monotonic() - self.told > TOLD_EVERY:
+                self.look()
+                said = "; ".join(w.said(self.plan) for w in self.live)
+                status.update(said)
+                if said and not console.is_terminal and time.monotonic() - self.told > TOLD_EVERY:
                     self.told = time.monotonic()
-                    self.say("    " + "; ".join(said))
+                    self.say(f"    {said}")
                 time.sleep(0.2)
-
-    def __exit__(self, *_: object) -> None:
-        for worker in self.workers.live:
-            worker.stop()
-        for worker in self.workers.live:
-            worker.process.wait()

@@ -15,6 +15,7 @@ from urllib.parse import urlencode, urlsplit
 
 import polars as pl
 import pytest
+from generators import served as serving
 from generators import told
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,19 +35,7 @@ class Served:
     """A store served by the command, in a process of its own."""
 
     def __init__(self, root, *options):
-        command = [
-            sys.executable,
-            "-c",
-            "from pipelines.cli import main; main()",
-            "view",
-            "--json",
-            "--store",
-            str(root),
-            *options,
-        ]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        self.url = json.loads(self.process.stdout.readline())["url"]
+        self.process, self.url = serving.start(root, *options)
         self.port, self.path = urlsplit(self.url).port or 0, urlsplit(self.url).path
 
     def ask(self, path, method="GET", **headers):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from generators import told
+from generators import served, told
 
 import echolab
 
@@ -27,20 +24,9 @@ def serve():
     running = []
 
     def serve(root, *options):
-        command = [
-            sys.executable,
-            "-c",
-            "from pipelines.cli import main; main()",
-            "view",
-            "--json",
-            "--store",
-            str(root),
-            *options,
-        ]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process, url = served.start(root, *options)
         running.append(process)
-        assert process.stdout is not None
-        return json.loads(process.stdout.readline())["url"]
+        return url
 
     yield serve
     for process in running:
